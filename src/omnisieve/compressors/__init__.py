@@ -1,0 +1,25 @@
+"""Token compressors, one file per method."""
+
+from omnisieve.compressors.base import (
+    Budget,
+    Compressor,
+    CompressorError,
+    Need,
+    Settings,
+    build_compressor,
+    compressor_type,
+    list_compressors,
+    register,
+)
+
+__all__ = [
+    "Budget",
+    "Compressor",
+    "CompressorError",
+    "Need",
+    "Settings",
+    "build_compressor",
+    "compressor_type",
+    "list_compressors",
+    "register",
+]

@@ -1,0 +1,310 @@
+"""The protocol of a compressor and the registry of methods.
+
+A method is one file: a frozen dataclass of settings, and a class with `plan`. Most methods score tokens and keep
+the best of each segment; they implement `plan` with `Compressor.select` and never count.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
+from omnisieve.ops.budget import floor_product, largest_remainder, round_count
+from omnisieve.ops.topk import topk_mask
+from omnisieve.plan import Merge, Plan
+
+Rounding = Literal["exact", "official"]
+
+
+class CompressorError(ValueError):
+    """A compressor was asked for something it cannot do; the message says what and how to cure it."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A statistic that a method wants per media token beside the embeddings.
+
+    Attributes:
+        kind: "attention_received": softmax attention of the encoder's last layer, mean over heads, summed over
+            queries (mean 1 over a span), pooled to LLM tokens.
+        modality: of which tokens.
+        span: "encoder": within the encoder's own attention blocks; "global": recomputed over the whole item.
+    """
+
+    kind: Literal["attention_received"]
+    modality: Modality
+    span: Literal["encoder", "global"] = "encoder"
+
+
+Needs = Mapping[Need, Tensor]  # [B, S] each, 0 outside the modality
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Budget of a compressor. Give `retained_ratio`, or one ratio per modality, or the total and one of the two.
+
+    Attributes:
+        retained_ratio: kept media tokens / media tokens, in (0, 1]. Alone, both modalities keep this share.
+        video_ratio, audio_ratio: kept share of one modality. With `retained_ratio` and one of them the other is
+            solved per sample.
+        rounding: "exact": the total is met by largest remainder; "official": as the published code rounds.
+    """
+
+    retained_ratio: float | None = None
+    video_ratio: float | None = None
+    audio_ratio: float | None = None
+    rounding: Rounding = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("retained_ratio", "video_ratio", "audio_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise CompressorError(f"{name} is {value}; it is a kept share and must lie in (0, 1]")
+        if self.rounding not in ("exact", "official"):
+            raise CompressorError(f"rounding is {self.rounding!r}; choose 'exact' or 'official'")
+        given = [r is not None for r in (self.retained_ratio, self.video_ratio, self.audio_ratio)]
+        if sum(given) == 3:
+            raise CompressorError("retained_ratio, video_ratio and audio_ratio are all given; leave one out")
+        if not given[0] and sum(given) == 1:
+            raise CompressorError("one of video_ratio and audio_ratio is given alone; add the other or retained_ratio")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Kept tokens per sample, known from the layout alone.
+
+    Attributes:
+        video, audio: [B] int64 on the host.
+        exact: False if these are upper bounds (published variants whose count depends on the content).
+    """
+
+    video: np.ndarray
+    audio: np.ndarray
+    exact: bool = True
+
+    @property
+    def total(self) -> np.ndarray:
+        """Kept media tokens per sample, [B]."""
+        return self.video + self.audio
+
+    def of(self, modality: Modality) -> np.ndarray:
+        return self.video if modality == Modality.VIDEO else self.audio
+
+
+class Compressor(nn.Module):
+    """Decides which video and audio tokens the LLM sees.
+
+    Subclasses implement `plan` and may override `segments_of`, `official_counts` and `needs`. Training-free
+    methods have no parameters; learned ones are ordinary modules.
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type[Settings]] = Settings
+    learned: ClassVar[bool] = False
+    segment_kinds: ClassVar[Mapping[Modality, SegmentKind]] = {Modality.VIDEO: "all", Modality.AUDIO: "all"}
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        if settings.retained_ratio is None and settings.video_ratio is None:
+            raise CompressorError(f"{self.name}: give retained_ratio, or video_ratio and audio_ratio")
+        self.settings = settings
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Statistics that `plan` must be given; what nobody declares is not computed."""
+        return ()
+
+    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
+        """Decide what stays.
+
+        Args:
+            embeds: [B, S, D] merged embeddings, media rows after the projectors.
+            layout: what each token is.
+            needs: a [B, S] tensor for every entry of `self.needs`.
+        """
+        raise NotImplementedError
+
+    def at(self, **changes: Any) -> Compressor:
+        """The same compressor with other settings, sharing the weights; a new ratio replaces all given ratios."""
+        ratios = ("retained_ratio", "video_ratio", "audio_ratio")
+        if any(name in changes for name in ratios):
+            changes = dict.fromkeys(ratios) | changes
+        twin = copy.copy(self)
+        twin.settings = replace(self.settings, **changes)
+        return twin
+
+    # Budgets: how many, before any score.
+
+    def budget(self, layout: TokenLayout) -> Budget:
+        """Kept tokens per sample and modality.
+
+        Raises:
+            CompressorError: the ratios cannot be met on this layout; names the reachable range.
+        """
+        video, audio = (self.counts_of(modality, layout).sum(axis=1) for modality in MEDIA)
+        return Budget(video, audio)
+
+    def counts_of(self, modality: Modality, layout: TokenLayout) -> np.ndarray:
+        """Kept tokens per segment of `segments_of`, [B, G] on the host."""
+        sizes = self.segments_of(modality, layout).sizes
+        if self.settings.rounding == "official":
+            return self.official_counts(modality, layout, sizes)
+        return largest_remainder(self.asked(layout).of(modality), sizes)
+
+    def asked(self, layout: TokenLayout) -> Budget:
+        """The exact budget that the ratios ask for, before it is split over segments."""
+        video, audio = layout.counts(Modality.VIDEO), layout.counts(Modality.AUDIO)
+        s = self.settings
+        if s.retained_ratio is None:
+            return Budget(_share(video, s.video_ratio), _share(audio, s.audio_ratio))
+        total = _share(video + audio, s.retained_ratio)
+        if s.audio_ratio is not None:
+            kept_audio = np.where(video > 0, _share(audio, s.audio_ratio), total)
+            return Budget(_reachable(total - kept_audio, video, s, "video"), kept_audio)
+        if s.video_ratio is not None:
+            kept_video = np.where(audio > 0, _share(video, s.video_ratio), total)
+            return Budget(kept_video, _reachable(total - kept_video, audio, s, "audio"))
+        kept_video, kept_audio = largest_remainder(total, np.stack([video, audio], axis=1)).T
+        return Budget(kept_video, kept_audio)
+
+    def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
+        """Kept tokens per segment as the published code rounds, [B, G]: n - int(n * (1 - ratio)) unless overridden."""
+        ratio = self.settings.retained_ratio
+        own = self.settings.video_ratio if modality == Modality.VIDEO else self.settings.audio_ratio
+        return sizes - floor_product(sizes, drop_share(ratio if own is None else own))
+
+    # Selection.
+
+    def segments_of(self, modality: Modality, layout: TokenLayout) -> Segments:
+        """The segments whose budgets are separate."""
+        return layout.segments(self.segment_kinds[modality], modality)
+
+    def select(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Tensor:
+        """[B, S] bool: the best-scored tokens of each segment, as many as the budget gives it.
+
+        Args:
+            modality: video or audio.
+            scores: [B, S].
+            layout: of the batch.
+        """
+        segments = self.segments_of(modality, layout)
+        counts = torch.from_numpy(self.counts_of(modality, layout)).to(scores.device)
+        chosen = topk_mask(segments.gather(scores), segments.valid, counts)
+        return segments.scatter(chosen, False)
+
+    def make_plan(
+        self,
+        layout: TokenLayout,
+        keep_media: Tensor,
+        *,
+        scores: Tensor | None = None,
+        gate: Tensor | None = None,
+        merge: Merge | None = None,
+    ) -> Plan:
+        """A plan from the kept media tokens; text and images are added, never dropped."""
+        budget = self.budget(layout)
+        fixed = (Modality.TEXT, Modality.IMAGE)
+        return Plan(
+            keep=keep_media | layout.mask(*fixed),
+            kept=budget.total + layout.counts(*fixed),
+            exact=budget.exact,
+            scores=scores,
+            gate=gate,
+            merge=merge,
+        )
+
+
+def drop_share(ratio: float | None) -> float:
+    """The removed fraction that belongs to a kept one, as people write it: 1 - 0.3 is 0.7, not 0.7000000000000001."""
+    return round(1.0 - (1.0 if ratio is None else ratio), 12)
+
+
+def _share(counts: np.ndarray, ratio: float | None) -> np.ndarray:
+    """Rounded share of `counts`, at least one token where there is any."""
+    return np.maximum(round_count(counts * (1.0 if ratio is None else ratio)), np.minimum(counts, 1))
+
+
+def _reachable(kept: np.ndarray, available: np.ndarray, settings: Settings, solved: str) -> np.ndarray:
+    """Check a solved budget; a sample without this modality has none to solve."""
+    kept = np.where(available > 0, kept, 0)
+    low, high = np.minimum(available, 1), available
+    if ((kept < low) | (kept > high)).any():
+        sample = int(np.argmax((kept < low) | (kept > high)))
+        raise CompressorError(
+            f"retained_ratio {settings.retained_ratio} leaves {int(kept[sample])} {solved} tokens of "
+            f"{int(available[sample])} for sample {sample} once the other modality has its share; "
+            f"reachable are {int(low[sample])} to {int(high[sample])}: change retained_ratio or the fixed ratio"
+        )
+    return kept
+
+
+# Registry.
+
+_REGISTRY: dict[str, type[Compressor]] = {}
+C = TypeVar("C", bound=type[Compressor])
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Class decorator that makes a method available under `name`."""
+
+    def add(cls: C) -> C:
+        if name in _REGISTRY:
+            raise ValueError(f"a compressor named {name!r} is registered already: {_REGISTRY[name].__qualname__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def list_compressors() -> list[str]:
+    """Names that `build_compressor` knows."""
+    return sorted(_REGISTRY)
+
+
+def compressor_type(name: str) -> type[Compressor]:
+    """The class registered under `name`.
+
+    Raises:
+        CompressorError: there is none; names the nearest.
+    """
+    if name not in _REGISTRY:
+        raise CompressorError(f"no compressor is named {name!r}{_nearest(name, _REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def build_compressor(name: str, *, hidden_size: int | None = None, **values: Any) -> Compressor:
+    """Build a method by name.
+
+    Args:
+        name: see `list_compressors`.
+        hidden_size: D of the LLM; required by learned methods, ignored by others.
+        **values: fields of the method's settings, `retained_ratio` among them.
+
+    Raises:
+        CompressorError: unknown name or field (names the nearest), or a value that cannot be.
+    """
+    cls = compressor_type(name)
+    known = {f.name for f in fields(cls.settings_type)}
+    for key in values:
+        if key not in known:
+            raise CompressorError(f"{name} has no setting {key!r}{_nearest(key, known)}")
+    settings = cls.settings_type(**values)
+    if not cls.learned:
+        return cls(settings)
+    if hidden_size is None:
+        raise CompressorError(f"{name} is learned: give hidden_size, the width of the LLM's embeddings")
+    return cls(settings, hidden_size=hidden_size)  # type: ignore[call-arg]
+
+
+def _nearest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"

@@ -1,0 +1,282 @@
+"""What each token of a batch is: modality, media item, frame, row, column, time and window.
+
+A compression method never sees `input_ids`, grids or model classes. It sees embeddings [B, S, D] and a
+`TokenLayout`. The maps live on the host as numpy arrays, where every size that a tensor shape depends on is read
+from them; what a method needs on the device is uploaded on first use and kept. Nothing is ever read back, so
+planning never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SegmentKind = Literal["window", "frame", "frames", "run", "flat", "all"]
+
+
+class Modality(IntEnum):
+    """What a token carries. Only video and audio tokens are ever dropped."""
+
+    PADDING = 0
+    TEXT = 1
+    IMAGE = 2
+    VIDEO = 3
+    AUDIO = 4
+
+
+MEDIA = (Modality.VIDEO, Modality.AUDIO)
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """The tokens of one sample, int64 [S] each; -1 where a field has no meaning (text).
+
+    Attributes:
+        modality: a `Modality` value.
+        item: running index of the media item within the sample.
+        frame: temporal grid step within the item (0 for audio).
+        row, column: position in the merged patch grid.
+        time: temporal position id relative to the start of the item's stream.
+        stream: items that share one clock share a stream: a video and its own sound do, a separate audio file
+            has a stream of its own.
+    """
+
+    modality: np.ndarray
+    item: np.ndarray
+    frame: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    time: np.ndarray
+    stream: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.modality)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Cuts of one modality's tokens, of all samples at once, padded to the longest.
+
+    Attributes:
+        index: [B, G, L] long, token positions in sequence order; 0 where `valid` is False.
+        valid: [B, G, L] bool.
+        sizes: [B, G] int64 on the host, tokens per segment; 0 for segments that a sample does not have.
+        length: S, the sequence length the positions refer to.
+    """
+
+    index: Tensor
+    valid: Tensor
+    sizes: np.ndarray
+    length: int
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Per-token values [B, S, ...] as [B, G, L, ...]; padding slots hold the value of token 0."""
+        batch, groups, length = self.index.shape
+        flat = self.index.reshape(batch, groups * length)
+        expanded = flat.reshape(flat.shape + (1,) * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
+        return values.gather(1, expanded).reshape(batch, groups, length, *values.shape[2:])
+
+    def scatter(self, values: Tensor, fill: float | bool) -> Tensor:
+        """[B, G, L] back to per-token values [B, S]; `fill` where no segment has the token."""
+        batch = self.index.shape[0]
+        # One slot past the end takes the padding, so that it never overwrites a token.
+        target = self.index.masked_fill(~self.valid, self.length).reshape(batch, -1)
+        out = torch.full((batch, self.length + 1), fill, dtype=values.dtype, device=values.device)
+        return out.scatter(1, target, values.reshape(batch, -1))[:, : self.length]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Maps of a batch, [B, S] int64 each, on the host; `device` is where uploads go.
+
+    `window` numbers the 2-s windows of a sample over all its streams. A window is cut by temporal position, so it
+    exists whenever it has a token of either modality, also when a capped frame rate left it without a grid.
+    """
+
+    modality: np.ndarray
+    item: np.ndarray
+    frame: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    time: np.ndarray
+    stream: np.ndarray
+    window: np.ndarray
+    device: torch.device = torch.device("cpu")
+    _uploads: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def stack(
+        samples: Sequence[TokenMap],
+        *,
+        length: int | None = None,
+        padding_side: Literal["left", "right"] = "right",
+        ids_per_window: int = 50,
+    ) -> TokenLayout:
+        """Pad the maps of several samples to one batch.
+
+        Args:
+            samples: one map per sample.
+            length: S; the longest sample when None.
+            padding_side: where padding goes, as in the batch's `input_ids`.
+            ids_per_window: temporal position ids in one window (25 ids per second, 2 s).
+        """
+        longest = max(len(sample) for sample in samples)
+        length = longest if length is None else length
+        if length < longest:
+            raise ValueError(f"length {length} is shorter than the longest sample ({longest} tokens)")
+        names = [f.name for f in fields(TokenMap)]
+        maps = {name: np.full((len(samples), length), -1, dtype=np.int64) for name in (*names, "window")}
+        maps["modality"].fill(Modality.PADDING)
+        for row, sample in enumerate(samples):
+            place = slice(0, len(sample)) if padding_side == "right" else slice(length - len(sample), length)
+            for name in names:
+                maps[name][row, place] = getattr(sample, name)
+            maps["window"][row, place] = _windows(sample, ids_per_window)
+        return TokenLayout(**maps)
+
+    @property
+    def batch_size(self) -> int:
+        return self.modality.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.modality.shape[1]
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout with uploads going to `device`."""
+        maps = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("device", "_uploads")}
+        return TokenLayout(**maps, device=torch.device(device))
+
+    def select(self, index: np.ndarray) -> TokenLayout:
+        """The layout of the samples `index` (host indices into the batch, repeats allowed)."""
+        names = [f.name for f in fields(self) if f.name not in ("device", "_uploads")]
+        return TokenLayout(**{name: getattr(self, name)[index] for name in names}, device=self.device)
+
+    def counts(self, *modalities: Modality) -> np.ndarray:
+        """Tokens per sample that belong to any of `modalities`, int64 [B]."""
+        return np.isin(self.modality, modalities).sum(axis=1)
+
+    def mask(self, *modalities: Modality) -> Tensor:
+        """[B, S] bool on the device: tokens that belong to any of `modalities`."""
+        return self._upload(("mask", modalities), lambda: np.isin(self.modality, modalities))
+
+    def previous_frame_token(self, within: Literal["window", "item"] = "window") -> Tensor:
+        """[B, S] long on the device: position of the co-located token one frame earlier, -1 if there is none.
+
+        Only video tokens have one: same item, same row and column, frame - 1 and, with `within="window"`, in the
+        same window.
+        """
+        return self._upload(("previous", within), lambda: _previous_frame_token(self, within))
+
+    def segments(self, kind: SegmentKind, modality: Modality, size: int | None = None) -> Segments:
+        """Cut one modality's tokens.
+
+        Args:
+            kind: "window" 2-s windows (segment g of video and of audio is the same window); "frame" one temporal
+                grid each; "frames" groups of `size` consecutive grids of an item; "run" contiguous runs in the
+                sequence; "flat" `size` tokens each in sequence order; "all" one segment per sample.
+            modality: whose tokens.
+            size: see `kind`.
+
+        Returns:
+            segments with [B, G, L] indices; G and L are at least 1.
+        """
+        key = ("segments", kind, modality, size)
+        if key not in self._uploads:
+            owner = _segment_ids(self, kind, modality, size)
+            groups = int(self.window.max()) + 1 if kind == "window" else int(owner.max()) + 1
+            index, valid, sizes = _pack(owner, max(groups, 1))
+            self._uploads[key] = Segments(self._to_device(index), self._to_device(valid), sizes, self.length)
+        return self._uploads[key]
+
+    def _upload(self, key: tuple, build) -> Tensor:
+        if key not in self._uploads:
+            self._uploads[key] = self._to_device(build())
+        return self._uploads[key]
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+def _windows(sample: TokenMap, ids_per_window: int) -> np.ndarray:
+    """Window index per token, [S]; -1 for what is neither video nor audio."""
+    media = np.isin(sample.modality, MEDIA)
+    window = np.full(len(sample), -1, dtype=np.int64)
+    chunk = sample.time[media] // ids_per_window
+    key = sample.stream[media] * (chunk.max(initial=0) + 1) + chunk
+    window[media] = np.unique(key, return_inverse=True)[1]
+    return window
+
+
+def _previous_frame_token(layout: TokenLayout, within: str) -> np.ndarray:
+    video = layout.modality == Modality.VIDEO
+    coordinates = [layout.item, layout.frame, layout.row, layout.column]
+    radix = [int(c.max(initial=0)) + 2 for c in coordinates]
+    batch, position = np.nonzero(video)
+    out = np.full(layout.modality.shape, -1, dtype=np.int64)
+    if not len(batch):
+        return out
+
+    def key(frame_shift: int) -> np.ndarray:
+        code = batch.copy()
+        for axis, (values, base) in enumerate(zip(coordinates, radix, strict=True)):
+            # + 1 keeps frame -1, which no token has, from aliasing another item's last frame.
+            code = code * base + values[batch, position] + 1 - (frame_shift if axis == 1 else 0)
+        return code
+
+    own = key(0)
+    order = np.argsort(own)
+    wanted = key(1)
+    slot = np.minimum(np.searchsorted(own[order], wanted), len(own) - 1)
+    found = order[slot]
+    hit = own[found] == wanted
+    if within == "window":
+        hit &= layout.window[batch[found], position[found]] == layout.window[batch, position]
+    out[batch[hit], position[hit]] = position[found[hit]]
+    return out
+
+
+def _segment_ids(layout: TokenLayout, kind: SegmentKind, modality: Modality, size: int | None) -> np.ndarray:
+    """Segment index per token [B, S], increasing along the sequence of a sample; -1 outside the modality."""
+    member = layout.modality == modality
+    if kind in ("frames", "flat") and (size is None or size < 1):
+        raise ValueError(f"segments of kind {kind!r} need size >= 1, got {size}")
+    if kind == "window":
+        return np.where(member, layout.window, -1)
+    if kind == "all":
+        return np.where(member, 0, -1)
+    ordinal = np.cumsum(member, axis=1) - 1
+    if kind == "flat":
+        return np.where(member, ordinal // (size or 1), -1)
+    if kind == "run":
+        starts = member & ~np.pad(member, ((0, 0), (1, 0)))[:, :-1]
+        return np.where(member, np.cumsum(starts, axis=1) - 1, -1)
+    group = layout.frame // (size or 1) if kind == "frames" else layout.frame
+    key = np.where(member, layout.item * (int(group.max(initial=0)) + 1) + group, -1)
+    # A new segment starts where the key differs from that of the previous token of the modality.
+    last = np.maximum.accumulate(np.where(member, np.arange(layout.length), -1), axis=1)
+    previous = np.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    previous_key = np.where(previous >= 0, np.take_along_axis(key, np.maximum(previous, 0), axis=1), -1)
+    starts = member & (key != previous_key)
+    return np.where(member, np.cumsum(starts, axis=1) - 1, -1)
+
+
+def _pack(owner: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions per segment, [B, G, L] index and validity, and sizes [B, G], from segment ids [B, S]."""
+    batch, position = np.nonzero(owner >= 0)
+    key = batch * groups + owner[batch, position]
+    sizes = np.bincount(key, minlength=owner.shape[0] * groups)
+    order = np.argsort(key, kind="stable")
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    index = np.zeros((len(sizes), max(int(sizes.max(initial=0)), 1)), dtype=np.int64)
+    valid = np.zeros(index.shape, dtype=bool)
+    index[key[order], rank] = position[order]
+    valid[key[order], rank] = True
+    shape = (owner.shape[0], groups, -1)
+    return index.reshape(shape), valid.reshape(shape), sizes.reshape(owner.shape[0], groups)

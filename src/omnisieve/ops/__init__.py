@@ -1,0 +1,1 @@
+"""Pure tensor functions. They know neither methods nor models."""
