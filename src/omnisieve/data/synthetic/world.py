@@ -1,0 +1,232 @@
+"""The synthetic world: what happens in a clip, as a pure function of (domain, split, index).
+
+A clip is 12 s long. In four of its seconds a coloured shape is visible in one cell of the picture while a beep
+sounds somewhere in the same second; the *timbre* of that beep belongs to the shape, so that only what is on
+screen tells it from the off-screen beeps around it. Two calls (short sweeps) are for the ear alone. Everything
+else (textured cells, off-screen beeps, chirps, background) is a distractor that no question asks about.
+
+Units: a cell is one merged video token (28 x 28 pixels), a grid one second of two frames, an audio token 40 ms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+WORLD_VERSION = 1
+
+SECONDS = 12
+CELLS = 6
+AUDIO_TOKENS_PER_SECOND = 25
+AUDIO_TOKENS = SECONDS * AUDIO_TOKENS_PER_SECOND - 1
+"""One short of 12 s: 187 whole AAC frames of 1,024 samples, so that a decoder adds no padding to the sound."""
+
+COLOURS = ("red", "green", "blue", "yellow", "pink", "cyan")
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "moon")
+TONES = ("do", "re", "mi", "fa", "sol", "la")
+CALLS = ("whistle", "siren", "howl", "trill", "buzz", "croak")
+REGISTERS = ("deep", "low", "high", "shrill")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
+
+SPLITS = ("train", "val", "test", "backbone")
+"""`backbone` clips train the small LLM itself; the other three are for compressors."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What makes one domain look and sound different from another. Ranges are inclusive (low, high)."""
+
+    name: str
+    seed: int
+    textures: tuple[str, ...]
+    clutter: float
+    """Share of the cells that show a texture in each second."""
+    background: tuple[int, int]
+    """Brightness of the empty background, 0..255."""
+    off_screen_beeps: tuple[int, int]
+    chirps: tuple[int, int]
+    chirp_loudness: float
+    two_token_beeps: float
+    """Share of beeps that last two audio tokens instead of one."""
+    timbre_slope: float
+    """Amplitude of each higher partial relative to the one below."""
+    hum: float
+    """Loudness of the slowly varying background noise."""
+
+
+DOMAINS = {
+    "a": Domain("a", 11, ("stripes", "bars", "checks", "dots", "noise", "waves"), 0.28, (50, 110), (5, 8), (3, 5), 1.25, 0.2, 1.0, 0.012),
+    "b": Domain("b", 12, ("diagonals", "bricks", "noise", "rings", "ramps", "waves"), 0.36, (90, 150), (6, 9), (2, 4), 1.5, 0.35, 0.7, 0.02),
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A coloured shape in one cell for one second, and its beep in the same second."""
+
+    second: int
+    row: int
+    column: int
+    colour: int
+    shape: int
+    tone: int
+    token: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Beep:
+    """An off-screen beep: the timbre of a shape that is not visible in its second."""
+
+    token: int
+    length: int
+    tone: int
+    timbre: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A sweep of two audio tokens."""
+
+    token: int
+    kind: int
+    register: int
+
+
+@dataclass(frozen=True)
+class Chirp:
+    """A loud burst of band-limited noise, one audio token long."""
+
+    token: int
+    band: int
+
+
+@dataclass(frozen=True)
+class Texture:
+    """A patterned cell of one second, drawn in two tints [2 x RGB]."""
+
+    second: int
+    row: int
+    column: int
+    kind: int
+    variant: int
+    tints: tuple[int, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Everything that is seen and heard in one clip."""
+
+    id: str
+    domain: Domain
+    seed: tuple[int, ...]
+    events: tuple[Event, ...]
+    beeps: tuple[Beep, ...]
+    calls: tuple[Call, ...]
+    chirps: tuple[Chirp, ...]
+    textures: tuple[Texture, ...]
+
+    def rng(self, stream: int) -> np.random.Generator:
+        """Return an independent generator for one use (0 world, 1 picture, 2 sound, 3 questions)."""
+        return np.random.default_rng(np.random.SeedSequence((*self.seed, stream)))
+
+    def evidence(self) -> dict[str, list[list[int]] | list[int]]:
+        """Return the media tokens that the questions are about: video as [grid, row, column], audio as token index."""
+        video = sorted([e.second, e.row, e.column] for e in self.events)
+        audio = {t for e in self.events for t in range(e.token, e.token + e.length)}
+        audio |= {t for c in self.calls for t in (c.token, c.token + 1)}
+        return {"video": video, "audio": sorted(audio)}
+
+
+EVENTS_PER_CLIP = 4
+CALLS_PER_CLIP = 2
+
+
+def make_clip(domain: str, split: str, index: int) -> Clip:
+    """Draw clip `index` of a split.
+
+    Raises:
+        ValueError: unknown domain or split, or a negative index.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"unknown domain {domain!r}; there are {', '.join(DOMAINS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    if index < 0:
+        raise ValueError(f"clip index must not be negative, got {index}")
+    spec = DOMAINS[domain]
+    seed = (WORLD_VERSION, spec.seed, SPLITS.index(split), index)
+    rng = np.random.default_rng(np.random.SeedSequence((*seed, 0)))
+    events, beeps, calls, chirps = _draw_sounds(spec, rng)
+    textures = _draw_textures(spec, rng, events)
+    return Clip(f"{domain}_{split}_{index:05d}", spec, seed, events, beeps, calls, chirps, textures)
+
+
+def _draw_sounds(
+    spec: Domain, rng: np.random.Generator
+) -> tuple[tuple[Event, ...], tuple[Beep, ...], tuple[Call, ...], tuple[Chirp, ...]]:
+    """Draw events with distinct attributes, then fill every second with sounds that do not overlap."""
+    event_seconds = rng.choice(SECONDS, EVENTS_PER_CLIP, replace=False)
+    colours = rng.permutation(len(COLOURS))
+    shapes = rng.permutation(len(SHAPES))
+    tones = rng.permutation(len(TONES))
+    call_seconds = list(rng.choice(SECONDS, CALLS_PER_CLIP, replace=False))
+    kinds = rng.permutation(len(CALLS))
+    registers = rng.permutation(len(REGISTERS))
+    events: list[Event] = []
+    beeps: list[Beep] = []
+    calls: list[Call] = []
+    chirps: list[Chirp] = []
+    for second in range(SECONDS):
+        n_event = int(second in event_seconds)
+        n_call = int(second in call_seconds)
+        n_beep = int(rng.integers(spec.off_screen_beeps[0], spec.off_screen_beeps[1] + 1))
+        n_chirp = int(rng.integers(spec.chirps[0], spec.chirps[1] + 1))
+        beep_lengths = 1 + (rng.random(n_event + n_beep) < spec.two_token_beeps).astype(int)
+        lengths = np.concatenate([beep_lengths, np.full(n_call, 2), np.ones(n_chirp, dtype=int)])
+        first = second * AUDIO_TOKENS_PER_SECOND
+        starts = first + _place(lengths, min(AUDIO_TOKENS_PER_SECOND, AUDIO_TOKENS - first), rng)
+        on_screen = -1
+        if n_event:
+            i = len(events)
+            on_screen = int(shapes[i])
+            row, column = (int(v) for v in rng.integers(0, CELLS, 2))
+            events.append(
+                Event(second, row, column, int(colours[i]), on_screen, int(tones[i]), int(starts[0]), int(lengths[0]))
+            )
+        others = [s for s in range(len(SHAPES)) if s != on_screen]
+        for k in range(n_event, n_event + n_beep):
+            beeps.append(
+                Beep(int(starts[k]), int(lengths[k]), int(rng.integers(len(TONES))), int(others[rng.integers(len(others))]))
+            )
+        if n_call:
+            i = len(calls)
+            calls.append(Call(int(starts[n_event + n_beep]), int(kinds[i]), int(registers[i])))
+        chirps += [Chirp(int(t), int(rng.integers(8))) for t in starts[n_event + n_beep + n_call :]]
+    return tuple(events), tuple(beeps), tuple(calls), tuple(chirps)
+
+
+def _place(lengths: np.ndarray, room: int, rng: np.random.Generator) -> np.ndarray:
+    """Return start tokens [n] within `room` tokens for sounds of the given lengths, in random order, no overlap."""
+    free = room - int(lengths.sum())
+    if free < 0:
+        raise ValueError(f"sounds of {int(lengths.sum())} tokens do not fit into {room} tokens")
+    order = rng.permutation(len(lengths))
+    gaps = np.sort(rng.integers(0, free + 1, len(lengths)))
+    before = np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
+    starts = np.empty(len(lengths), dtype=int)
+    starts[order] = before + gaps
+    return starts
+
+
+def _draw_textures(spec: Domain, rng: np.random.Generator, events: tuple[Event, ...]) -> tuple[Texture, ...]:
+    """Draw the textured cells of every second, sparing the cells that show a shape."""
+    taken = {(e.second, e.row, e.column) for e in events}
+    textures: list[Texture] = []
+    for second, row, column in zip(*np.nonzero(rng.random((SECONDS, CELLS, CELLS)) < spec.clutter), strict=True):
+        kind, variant = int(rng.integers(len(spec.textures))), int(rng.integers(8))
+        tints = tuple(int(v) for v in rng.integers(0, 256, 6))
+        if (second, row, column) not in taken:
+            textures.append(Texture(int(second), int(row), int(column), kind, variant, tints))  # type: ignore[arg-type]
+    return tuple(textures)
