@@ -8,7 +8,7 @@ planning never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Literal
@@ -195,7 +195,24 @@ class TokenLayout:
             self._uploads[key] = Segments(self._to_device(index), self._to_device(valid), sizes, self.length)
         return self._uploads[key]
 
-    def _upload(self, key: tuple, build) -> Tensor:
+    def canvas(self) -> tuple[Segments, int, int]:
+        """Video frames laid out as images for convolutions.
+
+        Returns:
+            segments of kind "frame" whose slot is `row * width + column` on a canvas of the batch's largest grid
+            (cells that a frame does not have are invalid), the canvas height and its width.
+        """
+        key = ("canvas",)
+        if key not in self._uploads:
+            owner = _segment_ids(self, "frame", Modality.VIDEO, None)
+            height, width = (int(m[owner >= 0].max(initial=0)) + 1 for m in (self.row, self.column))
+            cell = self.row * width + self.column
+            index, valid, sizes = _pack(owner, max(int(owner.max()) + 1, 1), cell, height * width)
+            segments = Segments(self._to_device(index), self._to_device(valid), sizes, self.length)
+            self._uploads[key] = (segments, height, width)
+        return self._uploads[key]
+
+    def _upload(self, key: tuple, build: Callable[[], np.ndarray]) -> Tensor:
         if key not in self._uploads:
             self._uploads[key] = self._to_device(build())
         return self._uploads[key]
@@ -267,16 +284,33 @@ def _segment_ids(layout: TokenLayout, kind: SegmentKind, modality: Modality, siz
     return np.where(member, np.cumsum(starts, axis=1) - 1, -1)
 
 
-def _pack(owner: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions per segment, [B, G, L] index and validity, and sizes [B, G], from segment ids [B, S]."""
+def _pack(
+    owner: np.ndarray, groups: int, slot: np.ndarray | None = None, length: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token positions per segment from segment ids [B, S].
+
+    Args:
+        owner: segment of each token, -1 for none.
+        groups: G.
+        slot: [B, S], place of each token in its segment; in sequence order without gaps when None.
+        length: L, with `slot`.
+
+    Returns:
+        index [B, G, L], valid [B, G, L] and sizes [B, G].
+    """
     batch, position = np.nonzero(owner >= 0)
     key = batch * groups + owner[batch, position]
     sizes = np.bincount(key, minlength=owner.shape[0] * groups)
-    order = np.argsort(key, kind="stable")
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    index = np.zeros((len(sizes), max(int(sizes.max(initial=0)), 1)), dtype=np.int64)
+    if slot is None:
+        order = np.argsort(key, kind="stable")
+        key, position = key[order], position[order]
+        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        length = max(int(sizes.max(initial=0)), 1)
+    else:
+        place = slot[batch, position]
+    index = np.zeros((len(sizes), length), dtype=np.int64)
     valid = np.zeros(index.shape, dtype=bool)
-    index[key[order], rank] = position[order]
-    valid[key[order], rank] = True
-    shape = (owner.shape[0], groups, -1)
+    index[key, place] = position
+    valid[key, place] = True
+    shape = (owner.shape[0], groups, length)
     return index.reshape(shape), valid.reshape(shape), sizes.reshape(owner.shape[0], groups)
