@@ -1,0 +1,49 @@
+"""Token compressors for omni-modal LLMs: train them, export them, compare them.
+
+from omnisieve import attach, load_backbone, load_compressor
+
+model = load_backbone("Qwen/Qwen2.5-Omni-7B")
+with attach(model, load_compressor("my_export")):
+    model.generate(**inputs)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omnisieve.artifact import load_compressor, save_compressor
+    from omnisieve.backbones import attach, load_backbone
+    from omnisieve.compressors import build_compressor, list_compressors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "attach",
+    "build_compressor",
+    "list_compressors",
+    "load_backbone",
+    "load_compressor",
+    "save_compressor",
+]
+
+_HOMES = {
+    "attach": "omnisieve.backbones",
+    "build_compressor": "omnisieve.compressors",
+    "list_compressors": "omnisieve.compressors",
+    "load_backbone": "omnisieve.backbones",
+    "load_compressor": "omnisieve.artifact",
+    "save_compressor": "omnisieve.artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import omnisieve` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

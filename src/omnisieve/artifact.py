@@ -1,0 +1,260 @@
+"""An exported compressor: a small folder that anybody can load.
+
+`config.json` says which method with which settings, `compressor.safetensors` holds the parameters under
+the method's own names (no library's module tree is part of them), `README.md` is the model card. Nothing
+is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from omnisieve import __version__
+from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
+
+FORMAT = "omnisieve-compressor"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "compressor.safetensors"
+CARD_FILE = "README.md"
+_RATIOS = ("retained_ratio", "video_ratio", "audio_ratio")
+
+
+class ArtifactError(CompressorError):
+    """A folder is not a compressor that this version can load; the message says which part and why."""
+
+
+def save_compressor(
+    compressor: Compressor, directory: str | Path, *, card: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a compressor as a folder; all of it or nothing.
+
+    The folder is written beside its final place, read back, compared bit by bit, flushed to the disk and
+    only then renamed. An exported compressor that stands there already is replaced.
+
+    Args:
+        compressor: of any registered method; training-free ones have no parameters and are exported too.
+        directory: the folder to write.
+        card: provenance that belongs on the model card, JSON values only: backbone, data, steps, scores.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ArtifactError: something else stands at `directory`, or what was read back differs.
+    """
+    target = Path(directory)
+    if target.exists() and not _is_replaceable(target):
+        raise ArtifactError(f"{target} exists and is no exported compressor; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _write(compressor, staging, dict(card or {}))
+        _compare(compressor, load_compressor(staging), staging)
+        _publish(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def load_compressor(directory: str | Path, **settings: Any) -> Compressor:
+    """Load an exported compressor, in evaluation mode.
+
+    Args:
+        directory: a folder that `save_compressor` wrote.
+        **settings: replace exported settings; a new ratio replaces all exported ratios.
+
+    Raises:
+        ArtifactError: no such folder, another format, unknown method, damaged weights, or weights that are
+            missing, left over or of another shape; names them.
+        CompressorError: a setting that the method does not have, or a value that cannot be.
+    """
+    source = Path(directory)
+    config = read_config(source)
+    chosen = dict(config["settings"])
+    if any(name in settings for name in _RATIOS):
+        chosen |= dict.fromkeys(_RATIOS)
+    compressor = build_compressor(config["method"], hidden_size=config["hidden_size"], **(chosen | settings))
+    _load_weights(compressor, source / WEIGHTS_FILE, config["weights_sha256"])
+    return compressor.eval()
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The checked `config.json` of an exported compressor.
+
+    Raises:
+        ArtifactError: see `load_compressor`.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{directory} is no exported compressor: it has no {CONFIG_FILE}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); export the compressor again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ArtifactError(f"{path} does not describe an exported compressor (its format is not {FORMAT!r})")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {config.get('format_version')}, written by omnisieve "
+            f"{config.get('library_version')}; this is {__version__}, which reads version {FORMAT_VERSION}"
+        )
+    missing = {"method", "settings", "hidden_size", "weights_sha256"} - set(config)
+    if missing:
+        raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}; export the compressor again")
+    try:
+        compressor_type(config["method"])
+    except CompressorError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    return config
+
+
+def is_artifact(directory: str | Path) -> bool:
+    """Whether a path looks like an exported compressor, without reading it."""
+    return (Path(directory) / CONFIG_FILE).is_file() and (Path(directory) / WEIGHTS_FILE).is_file()
+
+
+def _write(compressor: Compressor, folder: Path, card: dict[str, Any]) -> None:
+    weights = {name: value.detach().cpu().contiguous() for name, value in compressor.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "method": compressor.name,
+        "settings": asdict(compressor.settings),
+        "hidden_size": getattr(compressor, "hidden_size", None),
+        "parameters": sum(p.numel() for p in compressor.parameters()),
+        "weights_sha256": _sha256(folder / WEIGHTS_FILE),
+        "provenance": card,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(_card(config), encoding="utf-8")
+    # mkdtemp made the folder private; an export is meant to be shared.
+    folder.chmod(0o755)
+
+
+def _load_weights(compressor: Compressor, path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; export the compressor again")
+    if _sha256(path) != sha256:
+        raise ArtifactError(f"{path} is not the file that {CONFIG_FILE} was written with; copy it again")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is no safetensors file ({error})") from error
+    expected = compressor.state_dict()
+    problems = [f"missing: {name}" for name in expected if name not in weights]
+    problems += [f"left over: {name}" for name in weights if name not in expected]
+    problems += [
+        f"shape of {name}: {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in weights and weights[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise ArtifactError(f"{path} does not fit {compressor.name} so set: {'; '.join(problems)}")
+    compressor.load_state_dict(weights, assign=True)
+
+
+def _compare(written: Compressor, read: Compressor, folder: Path) -> None:
+    def same(one: Tensor, other: Tensor) -> bool:
+        # Compared as bytes, so that a NaN equals itself.
+        raw = [t.detach().cpu().reshape(-1).view(torch.uint8) for t in (one, other)]
+        return one.dtype == other.dtype and torch.equal(*raw)
+
+    ours, theirs = written.state_dict(), read.state_dict()
+    differing = [name for name in ours if not same(ours[name], theirs[name])]
+    if differing or written.settings != read.settings:
+        raise ArtifactError(
+            f"{folder.parent}: what was written reads back differently: {differing or 'settings'}"
+        )
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Flush `staging` and rename it to `target`, whose old version goes only when the new one stands."""
+    for path in (*staging.iterdir(), staging):
+        _flush(path)
+    if target.exists():
+        # Two renames: a kill between them leaves the old version under the other name.
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        staging.rename(target)
+        shutil.rmtree(old)
+    else:
+        staging.rename(target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_replaceable(target: Path) -> bool:
+    return target.is_dir() and (is_artifact(target) or not any(target.iterdir()))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_CARD = """\
+---
+library_name: omnisieve
+tags: [omnisieve, token-compression, {method}]
+---
+# {method}, a token compressor
+
+Decides which video and audio tokens an omni-modal LLM sees. It holds {parameters:,} parameters and none of
+the LLM's; it fits LLMs whose embeddings are {width} wide.
+
+```python
+from omnisieve import attach, load_compressor
+
+with attach(model, load_compressor(FOLDER)):  # or load_compressor(FOLDER, retained_ratio=0.35)
+    model.generate(**inputs)
+```
+
+## Settings
+{settings}
+
+## Provenance
+{provenance}
+
+Written by omnisieve {version}.
+"""
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    provenance = config["provenance"]
+    return _CARD.format(
+        method=config["method"],
+        parameters=config["parameters"],
+        width=config["hidden_size"] or "any number of values",
+        settings=_table({k: v for k, v in config["settings"].items() if v is not None}),
+        provenance=_table(provenance) if provenance else "Not recorded.",
+        version=config["library_version"],
+    )
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = (f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items())
+    return "\n".join(["| name | value |", "|---|---|", *rows])
