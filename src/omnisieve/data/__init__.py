@@ -1,0 +1,1 @@
+"""From manifests and media files to batches."""
