@@ -82,9 +82,7 @@ def test_missing_and_left_over_weights_are_named(exported: Path) -> None:
 
 def test_wrong_shapes_name_both(exported: Path) -> None:
     rewrite_config(exported, hidden_size=HIDDEN + 1)
-    with pytest.raises(
-        ArtifactError, match=rf"v_proj\.weight: \(16, {HIDDEN}\) instead of \(16, {HIDDEN + 1}\)"
-    ):
+    with pytest.raises(ArtifactError, match=rf"v_proj\.weight: \(16, {HIDDEN}\) instead of \(16, {HIDDEN + 1}\)"):
         load_compressor(exported)
 
 

@@ -37,9 +37,7 @@ class ArtifactError(CompressorError):
     """A folder is not a compressor that this version can load; the message says which part and why."""
 
 
-def save_compressor(
-    compressor: Compressor, directory: str | Path, *, card: Mapping[str, Any] | None = None
-) -> Path:
+def save_compressor(compressor: Compressor, directory: str | Path, *, card: Mapping[str, Any] | None = None) -> Path:
     """Write a compressor as a folder; all of it or nothing.
 
     The folder is written beside its final place, read back, compared bit by bit, flushed to the disk and
@@ -178,9 +176,7 @@ def _compare(written: Compressor, read: Compressor, folder: Path) -> None:
     ours, theirs = written.state_dict(), read.state_dict()
     differing = [name for name in ours if not same(ours[name], theirs[name])]
     if differing or written.settings != read.settings:
-        raise ArtifactError(
-            f"{folder.parent}: what was written reads back differently: {differing or 'settings'}"
-        )
+        raise ArtifactError(f"{folder.parent}: what was written reads back differently: {differing or 'settings'}")
 
 
 def _publish(staging: Path, target: Path) -> None:
@@ -212,8 +208,7 @@ def _is_replaceable(target: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 _CARD = """\

@@ -1,0 +1,1 @@
+"""Compares methods on questions about clips: the same clips, the same questions, the same budget."""

@@ -1,0 +1,203 @@
+"""The report of an evaluation: one row per method, benchmark and ratio, as JSON and as a Markdown table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omnisieve.evaluation.metrics import (
+    BOOTSTRAP_SAMPLES,
+    Answer,
+    Interval,
+    accuracy,
+    accuracy_by_family,
+    paired_difference,
+    retained,
+)
+
+Kind = Literal["full", "training-free", "learned", "bound"]
+"""What a method is: all tokens, a method of the field, a trained one, or a bound that knows the answer."""
+
+
+@dataclass
+class Cell:
+    """Everything that one row is made from.
+
+    Attributes:
+        method, kind: label of the method in the report, and what it is.
+        benchmark: its name.
+        retained_ratio: the ratio that was asked for.
+        answers: of the questions that could be asked.
+        failures: questions that could not be asked, because their clip could not be read.
+        unreachable: why the method cannot have this ratio, None if it can.
+    """
+
+    method: str
+    kind: Kind
+    benchmark: str
+    retained_ratio: float
+    answers: list[Answer] = field(default_factory=list)
+    failures: int = 0
+    unreachable: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.unreachable is None and bool(self.answers)
+
+
+def make_report(
+    cells: Sequence[Cell],
+    environment: Mapping[str, Any],
+    *,
+    methods: Mapping[str, Any] | None = None,
+    failures: Sequence[Mapping[str, str]] = (),
+    samples: int = BOOTSTRAP_SAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The content of `report.json`.
+
+    Args:
+        cells: one per row.
+        environment: what was evaluated on which machine with which libraries.
+        methods: label -> settings, so that every knob is on record.
+        failures: `{"clip", "error"}` of each clip that could not be read.
+        samples, seed: of the bootstrap.
+    """
+    return {
+        "rows": [_row(cell, samples, seed) for cell in cells],
+        "comparisons": [_comparison(*pair, samples, seed) for pair in _rivals(cells)],
+        "methods": dict(methods or {}),
+        "unreachable": [
+            {
+                "method": c.method,
+                "benchmark": c.benchmark,
+                "retained_ratio": c.retained_ratio,
+                "reason": c.unreachable,
+            }
+            for c in cells
+            if c.unreachable is not None
+        ],
+        "failures": list(failures),
+        "environment": dict(environment),
+    }
+
+
+def write_report(report: Mapping[str, Any], cells: Sequence[Cell], directory: str | Path) -> None:
+    """Write `report.json`, `report.md` and `predictions.jsonl` (one line per row and question)."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for cell in cells:
+            head = {"method": cell.method, "benchmark": cell.benchmark, "retained_ratio": cell.retained_ratio}
+            for answer in cell.answers:
+                file.write(json.dumps(head | asdict(answer), ensure_ascii=False) + "\n")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: a table per benchmark, then what the learned methods gain."""
+    parts = []
+    for benchmark in dict.fromkeys(row["benchmark"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["benchmark"] == benchmark]
+        parts.append(_results_table(benchmark, rows))
+    if report["comparisons"]:
+        parts.append(_comparison_table(report["comparisons"]))
+    for entry in report["unreachable"]:
+        parts.append(f"{entry['method']} at {entry['retained_ratio']:.0%} is unreachable: {entry['reason']}")
+    if report["failures"]:
+        parts.append(f"{len(report['failures'])} clips could not be read; report.json names them.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(cell: Cell, samples: int, seed: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "method": cell.method,
+        "benchmark": cell.benchmark,
+        "retained_ratio": cell.retained_ratio,
+        "status": "unreachable" if cell.unreachable is not None else "ok",
+        "measured_ratio": dict.fromkeys(("video", "audio", "total")),
+        "accuracy": None,
+        "ci95": None,
+        "n_questions": 0,
+        "n_clips": 0,
+        "n_failures": cell.failures,
+        "by_family": {},
+    }
+    if not cell.ok:
+        return row
+    right = accuracy(cell.answers, samples=samples, seed=seed)
+    return row | {
+        "measured_ratio": retained(cell.answers),
+        "accuracy": right.value,
+        "ci95": [right.low, right.high],
+        "n_questions": len(cell.answers),
+        "n_clips": len({a.clip for a in cell.answers}),
+        "by_family": accuracy_by_family(cell.answers),
+    }
+
+
+def _rivals(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """Each learned row with the best training-free row of the same benchmark and ratio."""
+    pairs = []
+    for cell in cells:
+        place = (cell.benchmark, cell.retained_ratio)
+        rivals = [c for c in cells if c.kind == "training-free" and c.ok and (c.benchmark, c.retained_ratio) == place]
+        if cell.kind == "learned" and cell.ok and rivals:
+            pairs.append((cell, max(rivals, key=lambda c: sum(a.correct for a in c.answers) / len(c.answers))))
+    return pairs
+
+
+def _comparison(cell: Cell, rival: Cell, samples: int, seed: int) -> dict[str, Any]:
+    gain: Interval = paired_difference(cell.answers, rival.answers, samples=samples, seed=seed)
+    return {
+        "method": cell.method,
+        "against": rival.method,
+        "benchmark": cell.benchmark,
+        "retained_ratio": cell.retained_ratio,
+        "difference": gain.value,
+        "ci95": [gain.low, gain.high],
+    }
+
+
+def _results_table(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    full = next((row["accuracy"] for row in rows if row["retained_ratio"] == 1 and row["accuracy"]), None)
+    lines = [
+        f"### {benchmark}",
+        "",
+        "| method | asked | accuracy (95 %) | of full | video | audio | total | questions / clips | failures |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratios = " | ".join(_percent(row["measured_ratio"][name]) for name in ("video", "audio", "total"))
+        score, share = row["status"] if row["status"] != "ok" else "-", "-"
+        if row["accuracy"] is not None:
+            score = "{:.1f} ({:.1f} to {:.1f})".format(row["accuracy"], *row["ci95"])
+            share = _percent(row["accuracy"] / full if full else None)
+        lines.append(
+            f"| {row['method']} | {row['retained_ratio']:.0%} | {score} | {share} | {ratios} "
+            f"| {row['n_questions']} / {row['n_clips']} | {row['n_failures']} |"
+        )
+    return "\n".join(lines)
+
+
+def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "Learned against the best training-free method at the same ratio, points, paired by question:",
+        "",
+        "| learned | against | benchmark | asked | difference (95 %) |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        "| {method} | {against} | {benchmark} | {retained_ratio:.0%} | ".format(**c)
+        + "{:+.1f} ({:+.1f} to {:+.1f}) |".format(c["difference"], *c["ci95"])
+        for c in comparisons
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
