@@ -28,6 +28,10 @@ class CompressorError(ValueError):
     """A compressor was asked for something it cannot do; the message says what and how to cure it."""
 
 
+class UnreachableRatioError(CompressorError):
+    """A method cannot meet the ratio on these samples; the message names the reachable range."""
+
+
 @dataclass(frozen=True)
 class Need:
     """A statistic that a method wants per media token beside the embeddings.
@@ -147,7 +151,7 @@ class Compressor(nn.Module):
         """Kept tokens per sample and modality.
 
         Raises:
-            CompressorError: the ratios cannot be met on this layout; names the reachable range.
+            UnreachableRatioError: the ratios cannot be met on this layout; names the reachable range.
         """
         video, audio = (self.counts_of(modality, layout).sum(axis=1) for modality in MEDIA)
         return Budget(video, audio)
@@ -238,7 +242,7 @@ def _reachable(kept: np.ndarray, available: np.ndarray, settings: Settings, solv
     low, high = np.minimum(available, 1), available
     if ((kept < low) | (kept > high)).any():
         sample = int(np.argmax((kept < low) | (kept > high)))
-        raise CompressorError(
+        raise UnreachableRatioError(
             f"retained_ratio {settings.retained_ratio} leaves {int(kept[sample])} {solved} tokens of "
             f"{int(available[sample])} for sample {sample} once the other modality has its share; "
             f"reachable are {int(low[sample])} to {int(high[sample])}: change retained_ratio or the fixed ratio"
