@@ -145,6 +145,19 @@ class Compressor(nn.Module):
         twin.settings = replace(self.settings, **changes)
         return twin
 
+    def statistic(self, needs: Needs | None, need: Need) -> Tensor:
+        """The [B, S] tensor of a declared need.
+
+        Raises:
+            CompressorError: it was not given.
+        """
+        if needs is None or need not in needs:
+            raise CompressorError(
+                f"{self.name} needs {need.kind} of {need.modality.name.lower()} tokens (span {need.span!r}): "
+                "pass it to plan in needs={need: tensor}, or attach the compressor to a model, which computes it"
+            )
+        return needs[need]
+
     # Budgets: how many, before any score.
 
     def budget(self, layout: TokenLayout) -> Budget:
@@ -181,9 +194,13 @@ class Compressor(nn.Module):
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """Kept tokens per segment as the published code rounds, [B, G]: n - int(n * (1 - ratio)) unless overridden."""
-        ratio = self.settings.retained_ratio
+        return sizes - floor_product(sizes, drop_share(self.ratio_of(modality)))
+
+    def ratio_of(self, modality: Modality) -> float:
+        """The kept share of one modality as written in the settings, for published rounding rules."""
         own = self.settings.video_ratio if modality == Modality.VIDEO else self.settings.audio_ratio
-        return sizes - floor_product(sizes, drop_share(ratio if own is None else own))
+        ratio = self.settings.retained_ratio if own is None else own
+        return 1.0 if ratio is None else ratio
 
     # Selection.
 
@@ -226,9 +243,9 @@ class Compressor(nn.Module):
         )
 
 
-def drop_share(ratio: float | None) -> float:
+def drop_share(ratio: float) -> float:
     """The removed fraction that belongs to a kept one, as people write it: 1 - 0.3 is 0.7, not 0.7000000000000001."""
-    return round(1.0 - (1.0 if ratio is None else ratio), 12)
+    return round(1.0 - ratio, 12)
 
 
 def _share(counts: np.ndarray, ratio: float | None) -> np.ndarray:
