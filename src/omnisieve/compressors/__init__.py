@@ -1,6 +1,6 @@
 """Token compressors, one file per method."""
 
-from omnisieve.compressors import omnisift  # noqa: F401  registers the method
+from omnisieve.compressors import divprune, full, omnisift, random, stvp  # noqa: F401  registers the methods
 from omnisieve.compressors.base import (
     Budget,
     Compressor,

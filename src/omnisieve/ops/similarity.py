@@ -13,6 +13,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(_wide(a), _wide(b), dim=-1, eps=EPS)
 
 
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1, [..., D]; zero rows stay zero."""
+    return torch.nn.functional.normalize(_wide(x), dim=-1, eps=EPS)
+
+
 def segment_mean(x: Tensor, valid: Tensor) -> Tensor:
     """Mean over the valid rows of each segment, [..., L, D] -> [..., D]; zeros for an empty segment."""
     total = _wide(x).masked_fill(~valid.unsqueeze(-1), 0).sum(dim=-2)

@@ -1,0 +1,44 @@
+"""DivPrune-om: the most diverse tokens of each frame and of each 2 s of audio.
+
+Greedy max-min selection in cosine distance (DivPrune, arXiv 2503.02175), in the omni-modal adaptation that SEATS
+describes: video per temporal grid, audio per window, on embeddings after the projectors. The published code selects
+one picture at a time and may pick a duplicate twice; ours handles all segments together and never does.
+`rounding="official"` keeps round(ratio * n) of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnisieve.compressors.base import Compressor, Needs, register
+from omnisieve.layout import MEDIA, Modality, SegmentKind, TokenLayout
+from omnisieve.ops.budget import round_count
+from omnisieve.ops.diversity import maxmin_mask
+from omnisieve.plan import Plan
+
+
+@register("divprune_om")
+class DivPruneOm(Compressor):
+    """See the module's docstring."""
+
+    segment_kinds: ClassVar[Mapping[Modality, SegmentKind]] = {Modality.VIDEO: "frame", Modality.AUDIO: "window"}
+
+    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
+        """Keep what differs most from what is kept. See `Compressor.plan`."""
+        video, audio = (self._diverse(modality, embeds, layout) for modality in MEDIA)
+        return self.make_plan(layout, video | audio)
+
+    def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
+        """round(ratio * n), halves to even."""
+        return round_count(sizes * self.ratio_of(modality))
+
+    def _diverse(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Tensor:
+        segments, counts = self.segments_of(modality, layout), self.counts_of(modality, layout)
+        wanted = torch.from_numpy(counts).to(embeds.device, non_blocking=True)
+        chosen = maxmin_mask(segments.gather(embeds), segments.valid, wanted, int(counts.max()))
+        return segments.scatter(chosen, False)

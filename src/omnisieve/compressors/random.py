@@ -1,0 +1,59 @@
+"""Random: tokens of each modality are kept uniformly over the sample.
+
+The score of a token depends on the seed and on its ordinal within its modality only, so a sample keeps the same
+tokens alone, in any batch and in every copy that beam search makes of it. `rounding="official"` counts
+max(floor(ratio * n), 1), as the code that SEATS evaluates does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnisieve.compressors.base import Compressor, Needs, Settings, register
+from omnisieve.layout import MEDIA, Modality, TokenLayout
+from omnisieve.ops.budget import floor_product
+from omnisieve.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSettings(Settings):
+    """Settings of random.
+
+    Attributes:
+        seed: of the scores.
+    """
+
+    seed: int = 0
+
+
+@register("random")
+class Random(Compressor):
+    """See the module's docstring."""
+
+    settings: RandomSettings
+    settings_type = RandomSettings
+
+    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
+        """Keep random tokens. See `Compressor.plan`."""
+        scores = torch.from_numpy(self._scores(layout)).to(embeds.device, non_blocking=True)
+        video, audio = (self.select(modality, scores, layout) for modality in MEDIA)
+        return self.make_plan(layout, video | audio, scores=scores)
+
+    def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
+        """max(floor(ratio * n), 1); nothing of nothing."""
+        return np.maximum(floor_product(sizes, self.ratio_of(modality)), np.minimum(sizes, 1))
+
+    def _scores(self, layout: TokenLayout) -> np.ndarray:
+        """[B, S] float32 on the host; 0 outside video and audio."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        # One row per ordinal: a longer batch appends rows and changes none.
+        draws = torch.rand(layout.length, len(MEDIA), generator=generator).numpy()
+        scores = np.zeros(layout.modality.shape, dtype=np.float32)
+        for column, modality in enumerate(MEDIA):
+            member = layout.modality == modality
+            scores += np.where(member, draws[np.cumsum(member, axis=1) - 1, column], 0)
+        return scores

@@ -1,0 +1,73 @@
+"""STVP: OmniSIFT's similarity pruner alone (arXiv 2602.04804, section 3.2), with a training-free audio side.
+
+Video is pruned per frame by dissimilarity to the frame mean (first frame of a window) or to the co-located token of
+the frame before. The paper has no counterpart for audio; ours ranks the audio tokens of a window by a mix of
+dissimilarity to the audio token before and to the mean of the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from omnisieve.compressors.base import Compressor, CompressorError, Needs, Settings, register
+from omnisieve.compressors.saliency import spatiotemporal_saliency
+from omnisieve.layout import Modality, SegmentKind, TokenLayout
+from omnisieve.ops.similarity import cosine, cosine_to_mean
+from omnisieve.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StvpSettings(Settings):
+    """Settings of STVP.
+
+    Attributes:
+        audio_novelty: in [0, 1], weight of the dissimilarity to the previous audio token; the rest goes to the
+            dissimilarity to the mean of the window.
+    """
+
+    audio_novelty: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.audio_novelty <= 1:
+            raise CompressorError(f"stvp: audio_novelty is {self.audio_novelty}; it is a weight in [0, 1]")
+
+
+@register("stvp")
+class Stvp(Compressor):
+    """See the module's docstring; settings in `StvpSettings`."""
+
+    settings: StvpSettings
+    settings_type = StvpSettings
+    segment_kinds: ClassVar[Mapping[Modality, SegmentKind]] = {Modality.VIDEO: "frame", Modality.AUDIO: "window"}
+
+    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
+        """Keep what differs from its surroundings. See `Compressor.plan`."""
+        video = spatiotemporal_saliency(embeds, layout)
+        audio = audio_saliency(embeds, layout, self.settings.audio_novelty)
+        keep = self.select(Modality.VIDEO, video, layout) | self.select(Modality.AUDIO, audio, layout)
+        return self.make_plan(layout, keep, scores=torch.where(layout.mask(Modality.VIDEO), video, audio))
+
+
+def audio_saliency(embeds: Tensor, layout: TokenLayout, novelty: float) -> Tensor:
+    """Saliency of audio tokens, [B, S]; 0 outside audio.
+
+    Args:
+        embeds: [B, S, D].
+        layout: of the batch.
+        novelty: weight of the dissimilarity to the token before in the same item. The first token of an item has
+            none and counts its dissimilarity to the window mean in full.
+    """
+    windows = layout.segments("window", Modality.AUDIO)
+    to_mean = windows.scatter(1 - cosine_to_mean(windows.gather(embeds), windows.valid), 0.0)
+    # All audio of an item is one frame.
+    items = layout.segments("frame", Modality.AUDIO)
+    tokens = items.gather(embeds)
+    change = 1 - cosine(tokens[:, :, 1:], tokens[:, :, :-1])
+    to_previous = items.scatter(torch.cat([items.gather(to_mean)[:, :, :1], change], dim=-1), 0.0)
+    return novelty * to_previous + (1 - novelty) * to_mean

@@ -1,0 +1,74 @@
+"""Density-based saliency and assignment to anchors, over padded segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnisieve.ops.similarity import unit
+from omnisieve.ops.topk import descending_rank
+
+
+def density_peaks(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
+    """How much an entry is the centre of a cluster of its own (DPC-kNN with cosine distance).
+
+    density = exp(-mean distance to the nearest neighbours); separation = distance to the nearest denser entry, or,
+    for the densest, to the farthest entry.
+
+    Args:
+        x: [..., L, D].
+        valid: [..., L] bool.
+        neighbours: k; entries of a segment with fewer others use all of them.
+
+    Returns:
+        separation * density, [..., L]; meaningless outside `valid`.
+    """
+    distance, others = _distances(x, valid)
+    density = torch.exp(-_nearest_mean(distance, others, neighbours))
+    denser = others & (density.unsqueeze(-2) > density.unsqueeze(-1))
+    separation = distance.masked_fill(~denser, torch.inf).amin(dim=-1)
+    farthest = distance.masked_fill(~others, 0).amax(dim=-1)
+    return torch.where(denser.any(dim=-1), separation, farthest) * density
+
+
+def isolation(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
+    """Mean cosine distance to the nearest neighbours, [..., L]; arguments as for `density_peaks`."""
+    return _nearest_mean(*_distances(x, valid), neighbours)
+
+
+def _distances(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine distances [..., L, L] and which of them join two different valid entries."""
+    directions = unit(x)
+    itself = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    others = valid.unsqueeze(-1) & valid.unsqueeze(-2) & ~itself
+    return 1 - directions @ directions.transpose(-1, -2), others
+
+
+def _nearest_mean(distance: Tensor, others: Tensor, neighbours: int) -> Tensor:
+    nearest = distance.masked_fill(~others, torch.inf).topk(min(neighbours, distance.shape[-1]), largest=False).values
+    present = nearest.isfinite()
+    return nearest.masked_fill(~present, 0).sum(dim=-1) / present.sum(dim=-1).clamp(min=1)
+
+
+def best_of_group(scores: Tensor, group: Tensor, groups: int, most: int) -> Tensor:
+    """The `most` best-scored members of each group.
+
+    Args:
+        scores: [B, N].
+        group: [B, N] long; entries in no group have `groups`.
+        groups: number of groups.
+        most: members taken per group.
+
+    Returns:
+        [B, N] bool.
+    """
+    best_first = descending_rank(scores, group < groups)
+    # Sorted by group, best first within a group; the distance to the group's first entry is the rank.
+    order = (group * scores.shape[-1] + best_first).argsort(dim=-1)
+    sizes = torch.zeros(scores.shape[0], groups + 1, dtype=torch.long, device=scores.device)
+    sizes = sizes.scatter_add(-1, group, torch.ones_like(group))
+    first = sizes.cumsum(dim=-1) - sizes
+    place = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return (place - first.gather(-1, group) < most) & (group < groups)
