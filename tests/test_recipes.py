@@ -1,0 +1,53 @@
+"""Every recipe that ships must be loadable, and must say how it is launched."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from omnisieve.compressors import compressor_type
+from omnisieve.config import EvalConfig, TrainConfig, check_fields, load_config, read_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SCHEMAS = {"train.py": TrainConfig, "eval.py": EvalConfig}
+
+
+def launch_line(recipe: Path) -> list[str]:
+    first = recipe.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# "), f"{recipe.name}: the first line must be the launch line, as a comment"
+    return shlex.split(first[2:])
+
+
+def method_sections(config: EvalConfig) -> list[dict[str, Any]]:
+    """Each method of an evaluation with its fields; a folder carries its own."""
+    names = [name for name in config.methods if "/" not in name]
+    return [{"method": name, "retained_ratio": 1.0} | config.settings.get(name, {}) for name in names]
+
+
+def test_there_are_recipes():
+    assert {"quickstart.yaml", "omnisift_qwen2_5_omni_7b.yaml", "eval_testbed.yaml"} <= {r.name for r in RECIPES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipe_is_valid_and_its_launch_line_works(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    words = launch_line(recipe)
+    script = next((word for word in words if word in SCHEMAS), None)
+    assert script, f"{recipe.name}: the launch line starts neither train.py nor eval.py"
+    arguments = words[words.index(script) + 1 :]
+    assert arguments[:2] == ["--config", recipe.relative_to(ROOT).as_posix()]
+    assert len(arguments) > 2, f"{recipe.name}: the launch line must show an override"
+    config = read_config(SCHEMAS[script], recipe)
+    assert load_config(SCHEMAS[script], arguments)
+    sections = [config.compressor] if isinstance(config, TrainConfig) else method_sections(config)
+    for section in sections:
+        settings = compressor_type(section.pop("method")).settings_type
+        assert settings(**check_fields(section, get_type_hints(settings), recipe.name))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipe_names_no_place_of_one_machine(recipe: Path):
+    assert not re.search(r"(?:^|[\s:=])[/~]\w", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)
