@@ -1,0 +1,98 @@
+"""From an entry of `methods` to compressors: registry names, exported folders, variants and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omnisieve.artifact import is_artifact, load_compressor, read_config
+from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
+from omnisieve.evaluation.bounds import BOUNDS, NoMedia, build_bound
+from omnisieve.evaluation.report import Kind
+
+BY_RATIO = "at"
+"""Key of a method's settings that holds settings for single ratios: `at: {0.25: {audio_ratio: 0.4}}`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of `methods`.
+
+    Attributes:
+        label: what its rows are called: the entry as it was given.
+        name: the registered method behind it.
+        kind: see `report.Kind`.
+        settings: fields of the method, without the ratio.
+        at: further fields per ratio.
+        folder: of an exported compressor, None for registered methods.
+    """
+
+    label: str
+    name: str
+    kind: Kind
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    at: Mapping[float, Mapping[str, Any]] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def ratios(self, asked: Sequence[float]) -> Sequence[float]:
+        """The ratios it is evaluated at; all tokens are all tokens, and none are none, once."""
+        if self.kind == "full":
+            return (1.0,)
+        return (0.0,) if self.name == NoMedia.name else tuple(dict.fromkeys(asked))
+
+    def fields_at(self, ratio: float) -> dict[str, Any]:
+        """The settings at one ratio."""
+        # No compressor knows a ratio of 0; the one that keeps nothing takes any.
+        return {"retained_ratio": ratio or 1.0} | dict(self.settings) | dict(self.at.get(ratio, {}))
+
+    def build(self, ratio: float) -> Compressor:
+        """The compressor at one ratio, in evaluation mode.
+
+        Raises:
+            CompressorError: settings that the method does not have, or values that cannot be.
+        """
+        if self.kind == "bound":
+            return build_bound(self.name, **self.fields_at(ratio))
+        if self.folder is not None:
+            return load_compressor(self.folder, **self.fields_at(ratio))
+        return build_compressor(self.name, **self.fields_at(ratio)).eval()
+
+
+def resolve_methods(entries: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> list[Method]:
+    """Read the entries of a configuration.
+
+    Args:
+        entries: registered names, folders of exported compressors, bounds (`oracle`, `no_media`), or keys of
+            `settings` that name their method.
+        settings: per entry its fields; `method` makes the entry a variant of that method under a name of its own,
+            `at` holds fields per ratio.
+
+    Raises:
+        CompressorError: what an entry names does not exist, or must be trained first.
+    """
+    methods = [_resolve(entry, dict(settings.get(entry, {}))) for entry in dict.fromkeys(entries)]
+    # All tokens come first, the others are shares of them.
+    return sorted(methods, key=lambda method: method.kind != "full")
+
+
+def _resolve(label: str, settings: dict[str, Any]) -> Method:
+    name = str(settings.pop("method", label))
+    at = {float(ratio): dict(values) for ratio, values in dict(settings.pop(BY_RATIO, {})).items()}
+    if name in BOUNDS:
+        return Method(label, name, "bound", settings, at)
+    if is_artifact(name):
+        registered = read_config(name)["method"]
+        return Method(label, registered, _kind(registered), settings, at, Path(name))
+    if "/" in name:
+        raise CompressorError(f"{name} is no exported compressor; export one with tools/export.py RUN {name}")
+    if compressor_type(name).learned:
+        raise CompressorError(f"{name} is learned: name the folder of an exported one instead of {name!r}")
+    return Method(label, name, _kind(name), settings, at)
+
+
+def _kind(name: str) -> Kind:
+    if name == "full":
+        return "full"
+    return "learned" if compressor_type(name).learned else "training-free"

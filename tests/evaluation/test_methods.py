@@ -1,0 +1,111 @@
+"""Entries of `methods`, and the bounds that only an evaluation knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from omnisieve.artifact import save_compressor
+from omnisieve.compressors import CompressorError, build_compressor, list_compressors
+from omnisieve.evaluation.bounds import build_bound, evidence_mask, show_evidence
+from omnisieve.evaluation.methods import resolve_methods
+from omnisieve.layout import Modality, TokenLayout
+from tests.layouts import LayoutSpec, make_map
+
+EVIDENCE = {"video": [[0, 0, 0], [5, 3, 2]], "audio": [0, 7, 29]}
+
+
+@pytest.fixture
+def layout() -> TokenLayout:
+    """Two samples of 3 windows: 6 grids of 4 x 4 and 30 audio tokens."""
+    return TokenLayout.stack([make_map(LayoutSpec(text=5)), make_map(LayoutSpec(text=9))], padding_side="left")
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> str:
+    compressor = build_compressor("omnisift", hidden_size=8, width=8, heads=2, video_ratio=0.2, audio_ratio=0.3)
+    return str(save_compressor(compressor, tmp_path / "export"))
+
+
+def test_full_comes_first_and_once() -> None:
+    methods = resolve_methods(["random", "full"], {})
+    assert [m.label for m in methods] == ["full", "random"]
+    assert [list(m.ratios([0.35, 0.25])) for m in methods] == [[1.0], [0.35, 0.25]]
+
+
+def test_an_exported_compressor_serves_every_ratio(exported: str) -> None:
+    (method,) = resolve_methods([exported], {})
+    assert (method.label, method.name, method.kind) == (exported, "omnisift", "learned")
+    settings = method.build(0.15).settings
+    assert (settings.retained_ratio, settings.video_ratio, settings.audio_ratio) == (0.15, None, None)
+
+
+def test_variants_and_settings_per_ratio() -> None:
+    settings = {"more audio": {"method": "random", "rounding": "official", "at": {0.25: {"audio_ratio": 0.4}}}}
+    (method,) = resolve_methods(["more audio"], settings)
+    assert (method.label, method.name, method.kind) == ("more audio", "random", "training-free")
+    assert method.build(0.25).settings.audio_ratio == 0.4
+    assert method.build(0.35).settings.audio_ratio is None
+    assert method.build(0.35).settings.rounding == "official"
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CompressorError, match="did you mean 'random'"):
+        resolve_methods(["randon"], {})
+    with pytest.raises(CompressorError, match="no exported compressor"):
+        resolve_methods([str(tmp_path / "missing")], {})
+    with pytest.raises(CompressorError, match="learned: name the folder"):
+        resolve_methods(["omnisift"], {})
+    with pytest.raises(CompressorError, match="no setting 'ratio'"):
+        resolve_methods(["oracle"], {"oracle": {"ratio": 1}})[0].build(0.25)
+
+
+def test_bounds_cannot_be_built_by_name() -> None:
+    assert not {"oracle", "no_media", "by_modality"} & set(list_compressors())
+
+
+def test_evidence_finds_its_tokens(layout: TokenLayout) -> None:
+    mask = evidence_mask([EVIDENCE, {"video": [], "audio": []}], layout)
+    assert mask.sum(axis=1).tolist() == [5, 0]
+    chosen = [(layout.frame[0, i], layout.row[0, i], layout.column[0, i]) for i in np.flatnonzero(mask[0])]
+    assert (5, 3, 2) in chosen
+    audio = np.flatnonzero(layout.modality[0] == Modality.AUDIO)
+    assert mask[0, audio[[0, 7, 29]]].all()
+
+
+def test_oracle_keeps_the_evidence_and_the_exact_budget(layout: TokenLayout) -> None:
+    oracle = build_bound("oracle", retained_ratio=0.25)
+    show_evidence(oracle, [EVIDENCE, EVIDENCE])
+    plan = oracle.plan(torch.zeros(2, layout.length, 4), layout)
+    assert plan.keep.numpy()[evidence_mask([EVIDENCE, EVIDENCE], layout)].all()
+    # A quarter of 96 video and 30 audio tokens.
+    assert sum(plan.measured(layout).values()).tolist() == [32, 32]
+
+
+def test_oracle_without_evidence_is_an_error(layout: TokenLayout) -> None:
+    with pytest.raises(CompressorError, match="evidence"):
+        build_bound("oracle", retained_ratio=0.25).plan(torch.zeros(2, layout.length, 4), layout)
+
+
+def test_no_media_keeps_text_only(layout: TokenLayout) -> None:
+    (method,) = resolve_methods(["no_media"], {})
+    assert method.ratios([0.35, 0.25]) == (0.0,)
+    plan = method.build(0.0).plan(torch.zeros(2, layout.length, 4), layout)
+    assert torch.equal(plan.keep, layout.mask(Modality.TEXT))
+    assert plan.kept.tolist() == layout.counts(Modality.TEXT).tolist()
+
+
+def test_by_modality_joins_two_methods(layout: TokenLayout) -> None:
+    joined = build_bound("by_modality", video="random", audio="oracle", retained_ratio=0.25)
+    show_evidence(joined, [EVIDENCE, EVIDENCE])
+    embeds = torch.zeros(2, layout.length, 4)
+    plan = joined.plan(embeds, layout)
+    random = build_compressor("random", retained_ratio=0.25).plan(embeds, layout)
+    video = layout.mask(Modality.VIDEO)
+    assert torch.equal(plan.keep & video, random.keep & video)
+    heard = torch.from_numpy(evidence_mask([EVIDENCE, EVIDENCE], layout)) & layout.mask(Modality.AUDIO)
+    assert plan.keep[heard].all()
+    assert plan.keep.sum(dim=1).tolist() == plan.kept.tolist()
