@@ -58,7 +58,7 @@ class Sample:
         position_ids: [3, S] long, temporal, height and width rope ids.
         tokens: what each token is.
         videos, images: patches in sequence order (empty with `features`).
-        audios: mel spectrograms [mel bins, mel frames] in sequence order, a video's sound at the video's place.
+        audios: mel spectrograms [mel bins, mel frames] in sequence order, a video's sound at its place.
         video_grids, image_grids: (t, h, w) per item, also with `features`.
         seconds_per_grid: one per video.
         features: cached encoder outputs instead of patches and mel spectrograms.
@@ -88,7 +88,7 @@ class Batch:
 
     Attributes:
         input_ids, attention_mask, labels: [B, S] long; labels are -100 outside answers and are not shifted.
-        position_ids: [3, B, S] long, computed per sample, so that silent and sounding videos may share a batch.
+        position_ids: [3, B, S] long, computed per sample: silent and sounding videos may share a batch.
         layout: what each token is, on the host.
         pixel_values_videos: [patches, dim] of all videos. video_grid_thw: [videos, 3] long.
         video_second_per_grid: [videos] float.
@@ -137,7 +137,8 @@ class Batch:
         """Keyword arguments of the stock model's forward; what is absent is left out."""
         names = (
             "input_ids", "attention_mask", "position_ids", "pixel_values_videos", "video_grid_thw",
-            "video_second_per_grid", "pixel_values", "image_grid_thw", "input_features", "feature_attention_mask",
+            "video_second_per_grid", "pixel_values", "image_grid_thw", "input_features",
+            "feature_attention_mask",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 

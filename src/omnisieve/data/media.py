@@ -1,0 +1,330 @@
+"""Media files to frames and waveforms, decoded in a child process with a wall-clock limit.
+
+Video goes through decord where it can (not AV1, not MPEG-TS), otherwise through PyAV; sound always through
+PyAV and then `torchaudio.functional.resample`. The clip's clock starts where its first stream starts. What a
+file gives:
+
+| file | result |
+|---|---|
+| silent video | frames; `audio` is None |
+| sound shorter or longer than the video | both as they are |
+| sound that starts late, or has holes | silence in their place |
+| sound longer than `max_seconds` | cut there; logged with the number of files cut so far |
+| sound below one sample, or undecodable to nothing | `audio` is None |
+| rotated by a display matrix, or EXIF | frames upright |
+| 0.3 s | at least one frame (a temporal patch is filled by repeating the last frame, see `preprocess`) |
+| more frames than `max_frames` | spread evenly; `seconds_per_frame` is the real one |
+| file that is not there, a folder | `MediaError`, kind "missing" |
+| 0 bytes | "empty" |
+| text or something else under a media suffix | "not_media" |
+| mp4 whose index is cut off, or less than 90 % of the declared duration present | "truncated" |
+| at least 90 % of the declared duration present | what is there |
+| headers damaged, or more than 10 % of the packets undecodable | "corrupt" |
+| isolated damage inside frames | the decoder's concealment |
+| no stream of the wanted sort | "no_stream" (sound of a silent video is None instead) |
+| decoding takes longer than the limit | "timeout"; the child is killed and replaced |
+| the decoder dies | "crashed"; the child is replaced |
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import select
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchaudio
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
+
+SAMPLING_RATE = 16_000
+_RECYCLE_AFTER = 500
+_START_SECONDS = 60.0
+
+_CURES = {
+    "missing": "check the path in the manifest; relative paths are relative to the manifest's folder",
+    "empty": "copy or download the file again",
+    "not_media": "point to the media file itself; the suffix does not matter, the content does",
+    "truncated": "copy or download the file again; to accept what is there: ffmpeg -i IN -c copy OUT",
+    "corrupt": "re-encode it (ffmpeg -i IN OUT.mp4) or take it out of the manifest",
+    "no_stream": "use a file that has such a stream, or give this one as another type of media part",
+    "timeout": "raise decode_seconds, lower fps or max_frames, or re-encode the file",
+    "crashed": "re-encode it (ffmpeg -i IN OUT.mp4) or take it out of the manifest",
+    "memory": "lower fps or max_frames, or scale the video down",
+}
+
+
+class MediaError(Exception):
+    """A media file that cannot be used.
+
+    Attributes:
+        file: its path. stream: "video", "audio", "image" or "container".
+        kind: a row of the module's table. reason: what is wrong. cure: what to do about it.
+    """
+
+    def __init__(self, file: str, stream: str, kind: str, reason: str) -> None:
+        super().__init__(file, stream, kind, reason)
+        self.file, self.stream, self.kind, self.reason = file, stream, kind, reason
+        self.cure = _CURES[kind]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.stream}: {self.reason} ({self.kind}). Cure: {self.cure}."
+
+
+@dataclass(frozen=True)
+class VideoFrames:
+    """Frames of a clip.
+
+    Attributes:
+        frames: uint8 [F, H, W, 3], upright RGB.
+        seconds_per_frame: distance of two frames; 1 / fps unless the cap on frames spread them out.
+        duration: seconds of the whole video.
+        backend: "decord" or "pyav".
+    """
+
+    frames: np.ndarray
+    seconds_per_frame: float
+    duration: float
+    backend: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What was read of a file: `video` if asked for, `audio` float32 [samples] at 16 kHz if it has sound."""
+
+    video: VideoFrames | None
+    audio: np.ndarray | None
+
+
+class MediaReader:
+    """Decodes in a child process that lives until it hangs, dies, or has served 500 files.
+
+    Safe to create before a `DataLoader` starts its workers, and to use inside them: each process starts a
+    child of its own on first use. Not safe for several threads at once.
+    """
+
+    def __init__(self, *, decode_seconds: float = 60.0) -> None:
+        """`decode_seconds`: wall-clock limit for one file."""
+        if decode_seconds <= 0:
+            raise ValueError(f"decode_seconds must be positive, got {decode_seconds}")
+        self.decode_seconds = decode_seconds
+        self.truncated = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._served = 0
+
+    def read(
+        self,
+        path: str | Path,
+        *,
+        fps: float = 2.0,
+        max_frames: int | None = None,
+        max_seconds: float | None = None,
+        video: bool = True,
+        audio: bool = True,
+    ) -> Clip:
+        """Read one file.
+
+        Args:
+            path: mp4, webm, mkv, or anything else FFmpeg decodes.
+            fps: frames per second of the result.
+            max_frames: at most so many, spread evenly over the clip.
+            max_seconds: sound beyond is cut off.
+            video, audio: what to decode.
+
+        Raises:
+            MediaError: see the table above.
+        """
+        _check_file(path)
+        request = {"path": str(path), "fps": float(fps), "max_frames": max_frames, "max_seconds": max_seconds,
+                   "video": video, "audio": audio, "seconds": self.decode_seconds}  # fmt: skip
+        answer, arrays = self._ask(request)
+        if "failure" in answer:
+            kind, stream, reason = answer["failure"]
+            raise MediaError(str(path), stream, *_refine(path, kind, reason))
+        frames = VideoFrames(arrays.pop(0), **answer["video"]) if video else None
+        wave = None
+        if "audio" in answer:
+            wave = _resample(arrays.pop(0), answer["audio"]["rate"])
+            self._report_cut(path, answer["audio"]["seconds"], max_seconds)
+        return Clip(frames, wave)
+
+    def read_video(self, path: str | Path, *, fps: float = 2.0, max_frames: int | None = None) -> VideoFrames:
+        """Frames only; see `read`."""
+        video = self.read(path, fps=fps, max_frames=max_frames, audio=False).video
+        assert video is not None  # for the type checker: `read` raises when there is none
+        return video
+
+    def read_audio(self, path: str | Path, *, max_seconds: float | None = None) -> np.ndarray | None:
+        """Waveform float32 [samples] at 16 kHz; None if the file has no sound. See `read`."""
+        return self.read(path, max_seconds=max_seconds, video=False).audio
+
+    def close(self) -> None:
+        """End the child, if there is one and it is ours."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+        if self._owner == os.getpid():
+            child.kill()
+            child.wait()
+        else:
+            child.returncode = 0  # another process's child: not ours to wait for
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_child": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_child", None) is not None and not sys.is_finalizing():
+            self.close()
+
+    def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+        if self._child is not None and (self._owner != os.getpid() or self._served >= _RECYCLE_AFTER):
+            self.close()
+        child = self._child or self._start()
+        deadline = time.monotonic() + self.decode_seconds
+        self._served += 1
+        payload = pickle.dumps(request)
+        try:
+            os.write(child.stdin.fileno(), struct.pack("<q", len(payload)) + payload)  # type: ignore[union-attr]
+            size = struct.unpack("<q", self._receive(8, deadline))[0]
+            answer = pickle.loads(self._receive(size, deadline))
+            arrays = []
+            for dtype, shape in answer["arrays"]:
+                array = np.empty(shape, dtype=dtype)
+                self._receive_into(array.reshape(-1).data.cast("B"), deadline)
+                arrays.append(array)
+            return answer, arrays
+        except TimeoutError as error:
+            self.close()
+            reason = f"not decoded within {self.decode_seconds:g} s"
+            raise MediaError(request["path"], "container", "timeout", reason) from error
+        except (EOFError, BrokenPipeError) as error:
+            code = child.wait(timeout=5)
+            self.close()
+            reason = f"the decoding process died (exit status {code})"
+            raise MediaError(request["path"], "container", "crashed", reason) from error
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        script = Path(__file__).with_name("_decoder.py")
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        self._owner, self._served = os.getpid(), 0
+        try:
+            self._receive(1, time.monotonic() + _START_SECONDS)
+        except (TimeoutError, EOFError) as error:
+            self.close()
+            cure = f"see what '{sys.executable} -c \"import av, numpy, decord\"' says"
+            raise RuntimeError(f"the decoding process did not start: {cure}") from error
+        return self._child
+
+    def _receive(self, size: int, deadline: float) -> bytearray:
+        data = bytearray(size)
+        self._receive_into(memoryview(data), deadline)
+        return data
+
+    def _receive_into(self, view: memoryview, deadline: float) -> None:
+        pipe = self._child.stdout if self._child else None
+        if pipe is None:
+            raise EOFError
+        done = 0
+        while done < len(view):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+                raise TimeoutError
+            count = pipe.readinto(view[done:])  # type: ignore[attr-defined]
+            if not count:
+                raise EOFError
+            done += count
+
+    def _report_cut(self, path: str | Path, seconds: float, max_seconds: float | None) -> None:
+        if max_seconds is None or seconds <= max_seconds + 0.1:
+            return
+        self.truncated += 1
+        # The first one and then ever fewer, so that a long run's log stays readable.
+        if self.truncated & (self.truncated - 1) == 0:
+            logger.warning(
+                "%s: %.1f s of sound cut to %g s (audio.max_seconds); %d file(s) cut so far",
+                path, seconds, max_seconds, self.truncated,
+            )  # fmt: skip
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image as uint8 [H, W, 3], upright RGB.
+
+    Raises:
+        MediaError: the file is missing, empty, truncated or no image.
+    """
+    _check_file(path)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise MediaError(str(path), "image", "not_media", "the content is no image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        kind = "truncated" if "truncated" in str(error) else "corrupt"
+        raise MediaError(str(path), "image", kind, str(error)) from error
+
+
+def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
+    if rate == SAMPLING_RATE:
+        return wave
+    return torchaudio.functional.resample(torch.from_numpy(wave), rate, SAMPLING_RATE).numpy()
+
+
+def _check_file(path: str | Path) -> None:
+    path = Path(path)
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "there is no such file"
+        raise MediaError(str(path), "container", "missing", reason)
+    if path.stat().st_size == 0:
+        raise MediaError(str(path), "container", "empty", "the file has 0 bytes")
+
+
+def _refine(path: str | Path, kind: str, reason: str) -> tuple[str, str]:
+    """Tell a damaged container from a cut one and from something that never was one, by its first bytes."""
+    if kind not in ("corrupt", "no_stream"):
+        return kind, reason
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if b"\0" not in head and sum(byte in b"\t\n\r" or byte >= 32 for byte in head) == len(head):
+        return "not_media", "the content is text"
+    if kind == "corrupt" and head[4:8] == b"ftyp" and not _has_box(path, b"moov"):
+        return "truncated", "the index (moov) at the end of the file is missing"
+    return kind, reason
+
+
+def _has_box(path: str | Path, name: bytes) -> bool:
+    """Whether an mp4 file has a top-level box of this name, in full."""
+    size = Path(path).stat().st_size
+    position = 0
+    with open(path, "rb") as file:
+        while position + 8 <= size:
+            file.seek(position)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if length == 1:
+                length = struct.unpack(">Q", file.read(8).ljust(8, b"\0"))[0]
+            length = length or size - position
+            if kind == name:
+                return position + length <= size
+            if length < 8:
+                return False
+            position += length
+    return False
