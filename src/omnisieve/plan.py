@@ -55,6 +55,7 @@ class Compressed:
         position_ids: as given, last dimension K.
         labels: as given, [B, K], -100 in padding.
         key_gate: [B, K] or None: factor of each key in the `masked` route.
+        ragged: whether there is padding, known on the host.
     """
 
     embeds: Tensor
@@ -63,6 +64,7 @@ class Compressed:
     position_ids: Tensor | None
     labels: Tensor | None
     key_gate: Tensor | None
+    ragged: bool
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Plan:
             position_ids=None if position_ids is None else select_positions(position_ids, index, mask),
             labels=None if labels is None else labels.gather(1, index).masked_fill(~mask, -100),
             key_gate=None if self.candidates is None else self._key_gate().gather(1, index),
+            ragged=ragged,
         )
 
     def measured(self, layout: TokenLayout) -> dict[str, np.ndarray]:

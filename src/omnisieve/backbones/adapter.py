@@ -1,0 +1,218 @@
+"""Where things are in a stock model: the only code that knows module trees.
+
+Supported is Qwen2.5-Omni of transformers 5.17 to 5.24. Up to 5.22 the towers hang from the thinker and its `model` is
+the decoder; later `model` holds towers and decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnisieve.backbones.saliency import install_saliency
+from omnisieve.backbones.token_maps import token_maps
+from omnisieve.compressors.base import Need
+from omnisieve.data.batch import Batch, Features
+from omnisieve.layout import Modality, TokenLayout
+
+
+class BackboneError(ValueError):
+    """A model, or what it was given, cannot be compressed; the message says why and how to cure it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A stock model with its parts resolved.
+
+    Attributes:
+        thinker: the module whose forward gives logits.
+        decoder: the language model without its head.
+        audio_tower, visual: the encoders.
+        speaks: whether the thinker is part of a model that goes on to speech.
+    """
+
+    thinker: Any
+    decoder: Any
+    audio_tower: Any
+    visual: Any
+    speaks: bool = False
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.thinker.lm_head
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The module that turns token ids into embeddings."""
+        return self.thinker.get_input_embeddings()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder.config.hidden_size
+
+    @property
+    def token_ids(self) -> Mapping[Modality, int]:
+        """Placeholder id of each media modality."""
+        config = self.thinker.config
+        return {
+            Modality.IMAGE: config.image_token_id,
+            Modality.VIDEO: config.video_token_id,
+            Modality.AUDIO: config.audio_token_id,
+        }
+
+    @torch.no_grad()
+    def encode(self, batch: Batch, needs: Sequence[Need] = ()) -> Features:
+        """Run the frozen encoders.
+
+        Args:
+            batch: with pixels and mel spectrograms. Ready `features` are returned as they are.
+            needs: encoder statistics to take in the same pass; they come back in `extra` under `feature_name`.
+        """
+        if batch.features is not None:
+            return batch.features
+        extra: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            install_saliency(self.audio_tower, needs, lambda n, v: extra.update({feature_name(n): v}), hooks)
+            video = image = audio = None
+            if batch.pixel_values_videos is not None:
+                video = self._vision("video", batch.pixel_values_videos, batch.video_grid_thw)
+            if batch.pixel_values is not None:
+                image = self._vision("image", batch.pixel_values, batch.image_grid_thw)
+            if batch.input_features is not None:
+                audio = self.thinker.get_audio_features(
+                    batch.input_features, batch.feature_attention_mask, return_dict=True
+                ).last_hidden_state
+        return Features(video=video, audio=audio, image=image, extra=extra)
+
+    def _vision(self, kind: str, pixels: Tensor, grids: Tensor | None) -> Tensor:
+        features = getattr(self.thinker, f"get_{kind}_features")(pixels, grids, return_dict=True)
+        return torch.cat(list(features.pooler_output))
+
+    def merge(self, input_ids: Tensor, features: Features) -> Tensor:
+        """Embeddings [B, S, D] with media features at their placeholders.
+
+        Args:
+            input_ids: [B, S].
+            features: rows in sequence order, as many as there are placeholders.
+        """
+        embeds = self.embeddings(input_ids)
+        rows = {
+            Modality.IMAGE: features.image,
+            Modality.VIDEO: features.video,
+            Modality.AUDIO: features.audio,
+        }
+        for modality, token_id in self.token_ids.items():
+            values = rows[modality]
+            if values is not None:
+                place = (input_ids == token_id).unsqueeze(-1)
+                embeds = embeds.masked_scatter(place, values.to(embeds.device, embeds.dtype))
+        return embeds
+
+    def needs(self, features: Features, layout: TokenLayout, needs: Sequence[Need]) -> dict[Need, Tensor]:
+        """Encoder statistics of `features` arranged to [B, S]; zeros where a batch has no such token.
+
+        Raises:
+            BackboneError: the features were cached without a statistic that is needed.
+        """
+        found = {}
+        for need in needs:
+            values = features.extra.get(feature_name(need))
+            if values is None and layout.counts(need.modality).any():
+                raise BackboneError(
+                    f"the cached features hold no {feature_name(need)!r}, which this compressor needs: cache them again "
+                    f"for it (they hold {sorted(features.extra) or 'no statistics'})"
+                )
+            found[need] = arrange(values, need.modality, layout)
+        return found
+
+    def layout(
+        self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None = None
+    ) -> TokenLayout:
+        """What each token of a batch is, for calls that bring no layout: one copy from the device.
+
+        Args:
+            input_ids: [B, S].
+            position_ids: [3, B, S] rope ids, or [4, B, S] with the sequence's own first; may be None without media.
+            attention_mask: [B, S], 0 in padding; None without padding.
+
+        Raises:
+            BackboneError: positions are missing, or padding is not on one side.
+        """
+        present = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+        roped = position_ids is not None and position_ids.dim() == 3
+        rope = position_ids[-3:] if roped else input_ids.new_zeros(3, *input_ids.shape)
+        host = torch.cat([input_ids[None], present[None], rope.expand(3, *input_ids.shape)]).cpu().numpy()
+        ids, present_host, positions = host[0], host[1] != 0, host[2:]
+        modality = np.where(present_host, int(Modality.TEXT), int(Modality.PADDING))
+        for kind, token_id in self.token_ids.items():
+            modality[present_host & (ids == token_id)] = kind
+        if not roped and (modality >= Modality.IMAGE).any():
+            raise BackboneError(
+                "media tokens without rope positions [3, B, S]: pass attention_mask beside input_ids, from which the "
+                "model computes them, or pass position_ids"
+            )
+        side = "right" if present_host[:, 0].all() else "left"
+        config = self.thinker.config
+        layout = TokenLayout.stack(
+            token_maps(modality, positions),
+            length=ids.shape[1],
+            padding_side=side,
+            ids_per_window=round(config.position_id_per_seconds * config.seconds_per_chunk),
+        )
+        if (layout.modality != modality).any():
+            raise BackboneError("the batch has padding inside a sequence or on both sides; pad on one side")
+        return layout.to(input_ids.device)
+
+
+def feature_name(need: Need) -> str:
+    """Name of a statistic in `Features.extra`."""
+    return f"{need.modality.name.lower()}/{need.kind}.{need.span}"
+
+
+def arrange(values: Tensor | None, modality: Modality, layout: TokenLayout) -> Tensor:
+    """Values of one modality's tokens in batch order, [N] or None for N = 0, as [B, S]; 0 elsewhere."""
+    flat = np.flatnonzero(layout.modality == modality)
+    out = torch.zeros(layout.batch_size * layout.length, device=layout.device)
+    if values is not None:
+        if len(flat) != len(values):
+            raise BackboneError(f"{len(values)} values for {len(flat)} {modality.name.lower()} tokens")
+        index = torch.from_numpy(flat).to(layout.device, non_blocking=True)
+        out = out.index_copy(0, index, values.to(out.device, out.dtype))
+    return out.reshape(layout.batch_size, layout.length)
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """Resolve a model's parts.
+
+    Args:
+        model: a Qwen2.5-Omni thinker, the whole `Qwen2_5OmniForConditionalGeneration` (its thinker is meant), or
+            either of them wrapped by peft.
+
+    Raises:
+        BackboneError: another model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+    speaks = False
+    if isinstance(base, Qwen2_5OmniForConditionalGeneration):
+        base, speaks = base.thinker, bool(base.has_talker)
+    if not isinstance(base, Qwen2_5OmniThinkerForConditionalGeneration):
+        raise BackboneError(
+            f"{type(model).__name__} is not supported; supported are Qwen2_5OmniThinkerForConditionalGeneration and "
+            "Qwen2_5OmniForConditionalGeneration of transformers 5.17 to 5.24, also wrapped by peft"
+        )
+    thinker: Any = base
+    inner = thinker.model
+    nested = hasattr(inner, "language_model")
+    towers, decoder = (inner, inner.language_model) if nested else (thinker, inner)
+    return Adapter(thinker, decoder, towers.audio_tower, towers.visual, speaks)

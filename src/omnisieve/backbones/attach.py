@@ -1,0 +1,345 @@
+"""`with attach(model, compressor):` makes a stock model compress its input, by hooks alone.
+
+Three hooks carry it. The embedding sees `input_ids`; the decoder sees merged embeddings, positions and mask, and is
+given the compressed ones; the head sees hidden states, of which it is given the answer rows when labels were handed in.
+While decoding only the attention mask is replaced. What decoding must know lives on the cache, what a forward must
+know belongs to its thread, so several generations may run at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from omnisieve.backbones.adapter import Adapter, BackboneError, adapter_for, arrange
+from omnisieve.backbones.answers import answer_rows, take_rows
+from omnisieve.backbones.estimator import Estimator
+from omnisieve.backbones.gated_attention import GatedAttentionSwitch, gated_attention_switch
+from omnisieve.backbones.saliency import install_saliency
+from omnisieve.compressors.base import Compressor, Need
+from omnisieve.layout import Modality, TokenLayout
+from omnisieve.plan import PaddingSide, Plan
+
+_attached: WeakSet[nn.Module] = WeakSet()
+# Attribute of the cache that holds its `_Prefill`.
+_PREFILL = "omnisieve_prefill"
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """What the decoding steps of a compressed prompt must know.
+
+    Attributes:
+        mask: [B, K] bool, False in padding; None when there is none.
+        length: K.
+    """
+
+    mask: Tensor | None
+    length: int
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the caller said about the next forward."""
+
+    layout: TokenLayout | None = None
+    needs: Mapping[Need, Tensor] | None = None
+    labels: Tensor | None = None
+    answer_tokens: int = 0
+
+
+class _Flow(threading.local):
+    """What one forward hands from hook to hook."""
+
+    def __init__(self) -> None:
+        self.expected = _Expected()
+        self.input_ids: Tensor | None = None
+        self.saliency: dict[Need, Tensor] = {}
+        self.rows: Tensor | None = None
+
+
+class Attachment:
+    """A running `attach`; tells a forward what the caller knows, and the caller what a forward did.
+
+    Attributes:
+        adapter: the model's parts.
+        compressor: what plans; may be exchanged between forwards, e.g. for `compressor.at(retained_ratio=...)`.
+        estimator: the gradient route; used only where the compressor's plan has gates.
+        generator: for sampled candidates.
+        last_plan, last_layout: of the latest prompt or training forward.
+        targets: [N] answer tokens, row by row with the logits of the latest forward that was given labels.
+    """
+
+    def __init__(
+        self, adapter: Adapter, compressor: Compressor, estimator: Estimator, switch: GatedAttentionSwitch
+    ) -> None:
+        self.adapter = adapter
+        self.compressor = compressor
+        self.estimator = estimator
+        self.generator: torch.Generator | None = None
+        self.last_plan: Plan | None = None
+        self.last_layout: TokenLayout | None = None
+        self.targets: Tensor | None = None
+        self._flow = _Flow()
+        self._switch = switch
+        self._paused = False
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Layout for the thread's next prompt or training forward, which uses it up; None reads it from `input_ids`."""
+        return self._flow.expected.layout
+
+    @layout.setter
+    def layout(self, layout: TokenLayout | None) -> None:
+        self._flow.expected = replace(self._flow.expected, layout=layout)
+
+    def expect(
+        self,
+        *,
+        layout: TokenLayout | None = None,
+        needs: Mapping[Need, Tensor] | None = None,
+        labels: Tensor | None = None,
+        answer_tokens: int = 0,
+    ) -> None:
+        """Say what this thread's next prompt or training forward will be; it uses this up.
+
+        Args:
+            layout: of the batch; required when the model is given `inputs_embeds`.
+            needs: encoder statistics [B, S] that come with cached features, instead of computing them.
+            labels: [B, S] long, unshifted, -100 outside answers. The logits then are [N, V], one row for each
+                answer token of the batch, and `targets` holds the tokens.
+            answer_tokens: N, counted on the host.
+        """
+        self._flow.expected = _Expected(layout, needs, labels, answer_tokens)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside see all tokens; answer rows are taken as usual."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    # Hooks.
+
+    def _install(self, hooks: ExitStack) -> None:
+        adapter = self.adapter
+        hooks.callback(
+            adapter.embeddings.register_forward_pre_hook(self._on_embedding, with_kwargs=True).remove
+        )
+        hooks.callback(adapter.decoder.register_forward_pre_hook(self._on_decoder, with_kwargs=True).remove)
+        hooks.callback(adapter.lm_head.register_forward_pre_hook(self._on_head).remove)
+        install_saliency(adapter.audio_tower, self.compressor.needs, self._on_saliency, hooks)
+
+    def _on_embedding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._flow.input_ids = args[0] if args else kwargs.get("input")
+
+    def _on_saliency(self, need: Need, values: Tensor) -> None:
+        self._flow.saliency[need] = values
+
+    def _on_head(self, module: nn.Module, args: tuple) -> Any:
+        rows, self._flow.rows = self._flow.rows, None
+        return None if rows is None else (take_rows(args[0], rows), *args[1:])
+
+    def _on_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        ids, self._flow.input_ids = self._flow.input_ids, None
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            self._decode(cache, embeds, ids, kwargs)
+        else:
+            self._prefill(cache, embeds, ids, kwargs)
+        return args, kwargs
+
+    def _decode(self, cache: Any, embeds: Tensor, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        prefill: _Prefill | None = getattr(cache, _PREFILL, None)
+        several = embeds.shape[1] > 1
+        if prefill is None:
+            if several and not self._paused and (ids is None or self._has_media(ids)):
+                raise BackboneError(
+                    "media tokens on top of a filled cache cannot be compressed: give the whole prompt at once, without "
+                    "prefill_chunk_size and without the cache of an earlier turn"
+                )
+            return
+        if several:
+            raise BackboneError(
+                "several tokens on top of a compressed prompt: assisted decoding, prefill_chunk_size and reusing the "
+                "cache for a further turn are not supported; generate token by token from the whole prompt"
+            )
+        if prefill.mask is None:
+            kwargs["attention_mask"] = None
+            return
+        new = cache.get_seq_length() - prefill.length + 1
+        kwargs["attention_mask"] = nn.functional.pad(prefill.mask, (0, new), value=True)
+
+    def _prefill(self, cache: Any, embeds: Tensor, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        if hasattr(cache, _PREFILL):
+            delattr(cache, _PREFILL)  # the cache was reset and serves another prompt
+        expected, self._flow.expected = self._flow.expected, _Expected()
+        labels = expected.labels
+        plan = None
+        if not self._paused:
+            layout = self._layout(expected.layout, embeds, ids, kwargs)
+            plan = self._plan(embeds, layout, expected.needs)
+            self.last_plan, self.last_layout = plan, layout
+            if not plan.is_identity(layout):
+                labels = self._compress(plan, layout, cache, embeds, labels, kwargs)
+        self._flow.saliency.clear()
+        self._switch.set(plan is not None and plan.candidates is not None)
+        if labels is not None:
+            self._flow.rows, self.targets = answer_rows(labels, expected.answer_tokens)
+
+    # Steps of a prefill.
+
+    def _layout(
+        self, given: TokenLayout | None, embeds: Tensor, ids: Tensor | None, kwargs: dict[str, Any]
+    ) -> TokenLayout:
+        """The layout that was given, widened to beams, or the one that the ids tell."""
+        rows, length = embeds.shape[:2]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise BackboneError(
+                "a prepared attention mask cannot be compressed: pass a mask [B, S], and generate with the default "
+                "dynamic cache (static caches prepare masks)"
+            )
+        if given is not None:
+            beams, rest = divmod(rows, given.batch_size)
+            if given.length != length or rest:
+                raise BackboneError(
+                    f"the layout is for [{given.batch_size}, {given.length}] tokens, the forward has [{rows}, {length}]"
+                )
+            same = given if beams == 1 else given.select(np.repeat(np.arange(given.batch_size), beams))
+            return same.to(embeds.device) if same.device != embeds.device else same
+        if ids is None or ids.shape != embeds.shape[:2]:
+            raise BackboneError(
+                "the model was given inputs_embeds, which do not tell what each token is: set the attachment's layout "
+                "before the call, or pass input_ids"
+            )
+        return self.adapter.layout(ids, kwargs.get("position_ids"), mask)
+
+    def _plan(self, embeds: Tensor, layout: TokenLayout, given: Mapping[Need, Tensor] | None) -> Plan:
+        needs = {need: self._need(need, layout, given or {}) for need in self.compressor.needs}
+        plan = self.compressor.plan(embeds, layout, needs)
+        if self.estimator.route == "masked" and plan.gate is not None:
+            plan = plan.with_candidates(layout, self.estimator.candidates, self.generator)
+        return plan
+
+    def _need(self, need: Need, layout: TokenLayout, given: Mapping[Need, Tensor]) -> Tensor:
+        """[B, S], given with cached features or measured in the encoder that has just run."""
+        if need in given:
+            return given[need].repeat_interleave(layout.batch_size // len(given[need]), dim=0)
+        values = self._flow.saliency.get(need)
+        if values is None and layout.counts(need.modality).any():
+            raise BackboneError(
+                f"{self.compressor.name} needs {need.kind} of {need.modality.name.lower()} tokens, but the encoder did not "
+                "run in this forward: hand it in with `attachment.expect(needs=...)`"
+            )
+        return arrange(values, need.modality, layout)
+
+    def _compress(
+        self,
+        plan: Plan,
+        layout: TokenLayout,
+        cache: Any,
+        embeds: Tensor,
+        labels: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        """Replace the decoder's arguments; returns the compressed labels."""
+        if self.adapter.speaks and kwargs.get("output_hidden_states"):
+            raise BackboneError("speech needs the states of all tokens: generate with return_audio=False")
+        cache = self._cache(plan, cache, kwargs)
+        side = _padding_side(layout, cached=cache is not None)
+        compressed = plan.apply(
+            embeds, position_ids=kwargs.get("position_ids"), labels=labels, padding_side=side
+        )
+        mask = compressed.attention_mask if compressed.ragged else None
+        if cache is not None:
+            setattr(cache, _PREFILL, _Prefill(mask, compressed.embeds.shape[1]))
+        elif side == "right":
+            mask = (
+                None  # causal attention never looks at padding on the right; without a mask kernels are fused
+            )
+        kwargs["inputs_embeds"] = compressed.embeds
+        kwargs["position_ids"] = compressed.position_ids
+        kwargs["attention_mask"] = mask
+        if compressed.key_gate is not None:
+            kwargs["key_gate"] = compressed.key_gate
+        return compressed.labels
+
+    def _cache(self, plan: Plan, cache: Any, kwargs: dict[str, Any]) -> DynamicCache | None:
+        """The cache of this forward, made here when the decoder would make one, so that decoding finds its state."""
+        if plan.candidates is not None:
+            if cache is not None:
+                raise BackboneError(
+                    "the masked route is for training: call the model without past_key_values"
+                )
+            kwargs["use_cache"] = False
+            return None
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (self.adapter.decoder.config.use_cache if use_cache is None else use_cache):
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.decoder.config)
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise BackboneError(
+                f"{type(cache).__name__} has a fixed length or layout: generate with the default dynamic cache "
+                "(no cache_implementation)"
+            )
+        return cache
+
+    def _has_media(self, ids: Tensor) -> bool:
+        return any(bool((ids == token_id).any()) for token_id in self.adapter.token_ids.values())
+
+
+@contextmanager
+def attach(
+    model: nn.Module, compressor: Compressor, estimator: Estimator | None = None
+) -> Iterator[Attachment]:
+    """Compress what `model` reads, inside the context.
+
+    Forward and `generate` (greedy, sampling, beams) work as they do without; the logits of a compressed prompt have
+    its compressed length. At ratio 1 nothing is touched, bit for bit. Static caches, chunked prefill and assisted
+    decoding are refused. In the `masked` route run the backward pass before the next forward.
+
+    Args:
+        model: see `adapter_for`.
+        compressor: moves to no device by itself.
+        estimator: the gradient route of a learned compressor in training; `hard_drop` when None.
+
+    Raises:
+        BackboneError: the model is not supported, has the wrong width for the compressor, or is attached already.
+    """
+    adapter = adapter_for(model)
+    width = getattr(compressor, "hidden_size", adapter.hidden_size)
+    if width != adapter.hidden_size:
+        raise BackboneError(
+            f"{compressor.name} is for hidden size {width}, the model has {adapter.hidden_size}"
+        )
+    if adapter.decoder in _attached:
+        raise BackboneError("a compressor is attached to this model already: leave that context first")
+    with ExitStack() as hooks:
+        switch = hooks.enter_context(gated_attention_switch(adapter.decoder))
+        attachment = Attachment(adapter, compressor, estimator or Estimator(), switch)
+        _attached.add(adapter.decoder)
+        hooks.callback(_attached.discard, adapter.decoder)
+        attachment._install(hooks)
+        yield attachment
+
+
+def _padding_side(layout: TokenLayout, *, cached: bool) -> PaddingSide:
+    """Where the padding of a ragged result goes: where the input has it, else left to decode on, right to train."""
+    padding = layout.modality == Modality.PADDING
+    if padding[:, 0].any():
+        return "left"
+    return "right" if padding[:, -1].any() or not cached else "left"

@@ -1,0 +1,54 @@
+"""Loading a stock backbone from a local folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnisieve.backbones.adapter import BackboneError
+
+Precision = Literal["float32", "bfloat16"]
+MODEL_TYPES = ("qwen2_5_omni_thinker", "qwen2_5_omni")
+
+
+def load_backbone(
+    path: str | Path,
+    dtype: Precision = "float32",
+    attn_implementation: str = "sdpa",
+    device: str | torch.device | None = None,
+) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """The stock thinker, frozen and in eval mode.
+
+    Args:
+        path: folder of a thinker, or of a whole Qwen2.5-Omni, of which only the thinker is loaded.
+        dtype: of the weights. The rotary frequencies stay float32, which casting a loaded model would not do.
+        attn_implementation: "sdpa", "eager" or "flash_attention_2".
+        device: where to; the CPU when None.
+
+    Raises:
+        BackboneError: there is no such folder, or it holds another model.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise BackboneError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'")
+    config_file = Path(path) / "config.json"
+    if not config_file.is_file():
+        raise BackboneError(
+            f"{path} holds no config.json: give the local folder that the model was downloaded to (hub names are not "
+            "resolved)"
+        )
+    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise BackboneError(
+            f"{config_file} describes a {model_type!r}; supported are {', '.join(MODEL_TYPES)}"
+        )
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        str(path), local_files_only=True, **options
+    )
+    if device is not None:
+        model.to(device)
+    return model.eval().requires_grad_(False)
