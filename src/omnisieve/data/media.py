@@ -28,6 +28,7 @@ file gives:
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -50,6 +51,11 @@ logger = logging.getLogger(__name__)
 SAMPLING_RATE = 16_000
 _RECYCLE_AFTER = 500
 _START_SECONDS = 60.0
+# The child finds libraries where this process found them, whatever put them on the path here.
+_BOOT = (
+    "import json, runpy, sys; script, path = sys.argv[1:]; sys.path[:] = json.loads(path); "
+    "runpy.run_path(script, run_name='__main__')"
+)
 
 _CURES = {
     "missing": "check the path in the manifest; relative paths are relative to the manifest's folder",
@@ -220,7 +226,7 @@ class MediaReader:
     def _start(self) -> subprocess.Popen[bytes]:
         script = Path(__file__).with_name("_decoder.py")
         self._child = subprocess.Popen(
-            [sys.executable, "-P", str(script)],
+            [sys.executable, "-c", _BOOT, str(script), json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
