@@ -142,6 +142,7 @@ class TrainSection:
     eval_every: int = option(100, "steps between validations, the best of which is kept; 0: never")
     save_every: int = option(100, "steps between checkpoints; they hold trainables and optimiser only; 0: only the end")
     save_total_limit: int = option(2, "older checkpoints are removed; the best one stays")
+    stop_at: int | None = option(None, "end with a checkpoint after this step, to be resumed later; null: at max_steps")
     resume: str = option("auto", "auto: from the newest complete checkpoint in output_dir; never; or a checkpoint")
     init_from: str | None = option(None, "exported compressor to start from, with a fresh optimiser")
 
