@@ -195,6 +195,16 @@ class TokenLayout:
             self._uploads[key] = Segments(self._to_device(index), self._to_device(valid), sizes, self.length)
         return self._uploads[key]
 
+    def cut(self, owner: np.ndarray, groups: int) -> Segments:
+        """Cuts of one's own making, not kept.
+
+        Args:
+            owner: [B, S] on the host, segment of each token, below `groups`; -1 for none.
+            groups: G.
+        """
+        index, valid, sizes = _pack(owner, groups)
+        return Segments(self._to_device(index), self._to_device(valid), sizes, self.length)
+
     def canvas(self) -> tuple[Segments, int, int]:
         """Video frames laid out as images for convolutions.
 

@@ -1,6 +1,6 @@
 """Token compressors, one file per method."""
 
-from omnisieve.compressors import divprune, full, omnisift, random, stvp  # noqa: F401  registers the methods
+from omnisieve.compressors import divprune, full, omnisift, omnizip, random, stvp  # noqa: F401  registers the methods
 from omnisieve.compressors.base import (
     Budget,
     Compressor,

@@ -29,7 +29,7 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int) -> Tensor:
     itself = torch.eye(length, dtype=torch.bool, device=x.device)
     others = distance.masked_fill(itself | ~valid.unsqueeze(-2), torch.inf)
     nearest = others.amin(dim=-1)
-    picks = []
+    picks: list[Tensor] = []
     for _ in range(count):
         pick = nearest.masked_fill(~valid, -torch.inf).argmax(dim=-1, keepdim=True)
         row = distance.gather(-2, pick.unsqueeze(-1).expand(*pick.shape, length)).squeeze(-2)
