@@ -115,11 +115,14 @@ def expand(ids: np.ndarray, runs: Sequence[Run], rules: TokenRules, labels: np.n
         ValueError: placeholders and media do not match.
     """
     labels = np.full(len(ids), IGNORED) if labels is None else labels
-    places = np.flatnonzero(np.isin(ids, [rules.image_token_id, rules.video_token_id, rules.audio_token_id]))
+    places: list[int] = np.flatnonzero(
+        np.isin(ids, [rules.image_token_id, rules.video_token_id, rules.audio_token_id])
+    ).tolist()
     _check_placeholders(ids[places], runs, rules)
     pieces: list[_Piece] = []
     out_labels: list[np.ndarray] = []
-    item = stream = done = 0
+    item = stream = 0
+    done = 0
     for place, run in zip(places, runs, strict=True):
         pieces += [_text(ids[done:place]), _medium(run, rules, item, stream)]
         out_labels += [labels[done:place], np.full(len(pieces[-1].ids), IGNORED)]

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from omnisieve.data.chat import ChatFormat
+from omnisieve.data.tokens import IGNORED, AudioRun, ImageRun, Run, TokenSequence, VideoRun, expand
+from omnisieve.layout import Modality, TokenLayout
+from tests.data.stock import rules, stock_positions, stock_processor
+
+GRIDS = st.tuples(st.integers(1, 12), st.sampled_from([2, 4, 6, 8]), st.sampled_from([2, 4, 6]))
+SECONDS = st.sampled_from([1.0, 0.5, 0.25, 2 / 3, 0.8, 1.7, 2.0, 2.4, 3.1, 5.0, 7.5])
+
+
+def chat() -> ChatFormat:
+    processor = stock_processor()
+    return ChatFormat(processor.tokenizer, processor.chat_template)
+
+
+def parts(runs: list[Run]) -> list[dict[str, str]]:
+    names = {ImageRun: "image", VideoRun: "video", AudioRun: "audio"}
+    return [{"type": names[type(run)]} for run in runs]
+
+
+def sequence(runs: list[Run]) -> TokenSequence:
+    content = [{"type": "text", "text": "see"}, *parts(runs), {"type": "text", "text": "What was it?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    ids, labels = chat().encode(messages)
+    return expand(ids, runs, rules(), labels)
+
+
+def mel_frames(tokens: int) -> int:
+    """A number of mel frames that gives so many audio tokens."""
+    return next(n for n in range(4 * tokens, 4 * tokens + 4) if rules().audio_tokens(n) == tokens)
+
+
+def assert_stock_positions(runs: list[Run], *, sound_in_video: bool) -> None:
+    result = sequence(runs)
+    sounds = [run.tokens if isinstance(run, AudioRun) else getattr(run, "audio_tokens", 0) for run in runs]
+    expected = stock_positions(
+        torch.from_numpy(result.input_ids),
+        [run.grid for run in runs if isinstance(run, VideoRun)],
+        [run.grid for run in runs if isinstance(run, ImageRun)],
+        [run.seconds_per_grid for run in runs if isinstance(run, VideoRun)],
+        [mel_frames(count) for count in sounds if count],
+        sound_in_video=sound_in_video,
+    )
+    np.testing.assert_array_equal(result.position_ids, expected.numpy())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(GRIDS, SECONDS, st.integers(1, 700))
+@example((6, 4, 4), 1.0, 150)
+@example((6, 4, 4), 1.0, 151)  # a tail of sound after the last frame
+@example((5, 4, 4), 1.0, 20)  # sound that ends first, with an odd number of grids
+@example((3, 2, 2), 5.0, 375)  # windows without a grid
+@example((1, 8, 6), 1.0, 1)  # rows and columns reach further than time
+def test_positions_of_a_video_with_sound(grid: tuple[int, int, int], seconds: float, audio: int) -> None:
+    assert_stock_positions([VideoRun(grid, seconds, audio)], sound_in_video=True)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(st.builds(VideoRun, GRIDS, SECONDS, st.integers(1, 200)), min_size=2, max_size=3))
+def test_positions_of_several_videos_with_sound(runs: list[Run]) -> None:
+    assert_stock_positions(runs, sound_in_video=True)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.one_of(
+            st.builds(VideoRun, GRIDS, SECONDS),
+            st.builds(AudioRun, st.integers(1, 200)),
+            st.builds(ImageRun, GRIDS.map(lambda grid: (1, *grid[1:]))),
+        ),
+        max_size=4,
+    )
+)
+@example([])
+@example([AudioRun(120)])
+@example([VideoRun((4, 4, 4), 1.0), AudioRun(100)])
+@example([VideoRun((4, 4, 4), 1.0), VideoRun((2, 6, 4), 2.4)])
+def test_positions_of_silent_videos_images_and_audio_files(runs: list[Run]) -> None:
+    assert_stock_positions(runs, sound_in_video=False)
+
+
+def test_positions_of_a_video_with_sound_and_an_audio_file() -> None:
+    # The stock rule cannot tell the file from a video's sound, but each alone it can: positions only shift.
+    both = sequence([VideoRun((4, 4, 4), 1.0, 100), AudioRun(60)])
+    video, audio = sequence([VideoRun((4, 4, 4), 1.0, 100)]), sequence([AudioRun(60)])
+    eos_eos_bos = 3
+    end = int(np.flatnonzero(both.input_ids == rules().audio_end_token_id)[0])
+    np.testing.assert_array_equal(both.position_ids[:, : end + 1], video.position_ids[:, : end + 1])
+    tail = both.position_ids[:, end + eos_eos_bos - 1 :]
+    head = int(np.flatnonzero(audio.input_ids == rules().audio_token_id)[0]) - 1
+    np.testing.assert_array_equal(
+        tail - tail[:, :1], audio.position_ids[:, head:] - audio.position_ids[:, head : head + 1]
+    )
+
+
+def stock_ids(runs: list[Run], fps: float) -> np.ndarray:
+    """Token ids by the stock processor, from real frames and waveforms of the wanted sizes."""
+    processor = stock_processor()
+    size = {"shortest_edge": 14 * 14, "longest_edge": 2**24}
+    videos, images, sounds, sources = [], [], [], []
+    for run in runs:
+        if isinstance(run, AudioRun):
+            sounds.append(np.zeros(mel_frames(run.tokens) * 160, dtype=np.float32))
+            sources.append(None)
+            continue
+        frames = 2 * run.grid[0] if isinstance(run, VideoRun) else 1
+        picture = torch.zeros(frames, 3, 14 * run.grid[1], 14 * run.grid[2], dtype=torch.uint8)
+        if isinstance(run, ImageRun):
+            images.append(picture[0])
+            continue
+        if run.audio_tokens:
+            sounds.append(np.zeros(mel_frames(run.audio_tokens) * 160, dtype=np.float32))
+            sources.append(len(videos))
+        videos.append(picture)
+    text = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "see"}, *parts(runs), {"type": "text", "text": "What was it?"}]},
+         {"role": "assistant", "content": "red"}],
+        chat_template=processor.chat_template, tokenize=False,
+    )  # fmt: skip
+    output = processor(
+        text=text, videos=videos or None, images=images or None, audio=sounds or None,
+        audio_from_video_indices=sources if sounds and videos else None,
+        load_audio_from_video=bool(videos and sounds), fps=fps, return_tensors="pt",
+        videos_kwargs={"size": size, "cap_pixels_per_frame": False}, images_kwargs={"size": size},
+    )  # fmt: skip
+    return output["input_ids"][0].numpy()
+
+
+@pytest.mark.parametrize("fps", [2.0, 1.0, 0.3])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: [],
+        lambda s: [ImageRun((1, 4, 6))],
+        lambda s: [VideoRun((3, 4, 4), s)],
+        lambda s: [VideoRun((3, 4, 4), s, 75)],
+        lambda s: [VideoRun((6, 4, 4), s, 150)],
+        lambda s: [VideoRun((5, 4, 4), s, 180)],
+        lambda s: [VideoRun((5, 4, 4), s, 20)],
+        lambda s: [AudioRun(77)],
+        lambda s: [VideoRun((2, 4, 4), s, 50), VideoRun((4, 2, 6), s, 90)],
+        lambda s: [VideoRun((2, 4, 4), s, 50), VideoRun((4, 2, 6), s)],
+        lambda s: [VideoRun((2, 4, 4), s, 50), AudioRun(30), ImageRun((1, 2, 2))],
+        lambda s: [AudioRun(30), VideoRun((2, 4, 4), s, 50)],
+    ],
+)
+def test_tokens_equal_the_stock_processors(make: object, fps: float) -> None:
+    runs = make(2 / fps)  # type: ignore[operator]
+    np.testing.assert_array_equal(sequence(runs).input_ids, stock_ids(runs, fps))
+
+
+def test_map_of_a_video_with_sound() -> None:
+    result = sequence([ImageRun((1, 2, 4)), VideoRun((3, 4, 4), 1.0, 60), AudioRun(5)])
+    tokens = result.tokens
+    placeholder = {
+        rules().image_token_id: Modality.IMAGE,
+        rules().video_token_id: Modality.VIDEO,
+        rules().audio_token_id: Modality.AUDIO,
+    }
+    expected = [placeholder.get(token, Modality.TEXT) for token in result.input_ids.tolist()]
+    assert tokens.modality.tolist() == expected
+    video, audio = tokens.modality == Modality.VIDEO, tokens.modality == Modality.AUDIO
+    assert tokens.item[video].tolist() == [1] * 12
+    assert tokens.item[audio].tolist() == [2] * 60 + [3] * 5
+    assert tokens.stream[video].tolist() == [1] * 12
+    assert tokens.stream[audio].tolist() == [1] * 60 + [2] * 5
+    assert tokens.frame[video].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert tokens.row[video].tolist() == [0, 0, 1, 1] * 3
+    assert tokens.column[video].tolist() == [0, 1, 0, 1] * 3
+    assert tokens.time[video].tolist() == [0] * 4 + [25] * 4 + [50] * 4
+    assert tokens.time[audio].tolist() == [*range(60), *range(5)]
+    text = tokens.modality == Modality.TEXT
+    for name in ("item", "frame", "row", "column", "time", "stream"):
+        assert (getattr(tokens, name)[text] == -1).all()
+    layout = TokenLayout.stack([tokens])
+    assert layout.segments("window", Modality.VIDEO).sizes.tolist() == [[8, 4, 0]]
+    assert layout.segments("window", Modality.AUDIO).sizes.tolist() == [[50, 10, 5]]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(GRIDS, SECONDS, st.integers(0, 300))
+def test_map_time_agrees_with_positions(grid: tuple[int, int, int], seconds: float, audio: int) -> None:
+    result = sequence([VideoRun(grid, seconds, audio)])
+    media = result.tokens.modality >= Modality.VIDEO
+    temporal = result.position_ids[0][media]
+    np.testing.assert_array_equal(result.tokens.time[media], temporal - temporal[0])
+
+
+def test_labels_hold_the_answers_of_all_turns() -> None:
+    tokenizer = stock_processor().tokenizer
+    messages = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What was it?"}], "family": "x"},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": "high"},
+    ]
+    ids, labels = chat().encode(messages)
+    result = expand(ids, [VideoRun((2, 4, 4), 1.0, 50)], rules(), labels)
+    supervised = result.labels != IGNORED
+    np.testing.assert_array_equal(result.labels[supervised], result.input_ids[supervised])
+    assert tokenizer.decode(result.labels[supervised]) == "red<|im_end|>high<|im_end|>"
+
+
+def test_generation_prompt_is_a_prefix_of_the_training_sequence() -> None:
+    question = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "Who?"}]}
+    prompt, prompt_labels = chat().encode([question], generation_prompt=True)
+    whole, labels = chat().encode([question, {"role": "assistant", "content": "a circle"}])
+    np.testing.assert_array_equal(whole[: len(prompt)], prompt)
+    assert (prompt_labels == IGNORED).all()
+    assert labels[len(prompt)] == whole[len(prompt)]
+    assert (labels[: len(prompt)] == IGNORED).all()
+
+
+def test_media_that_do_not_match_the_text_are_refused() -> None:
+    ids, _ = chat().encode([{"role": "user", "content": [{"type": "video"}]}])
+    with pytest.raises(ValueError, match=r"placeholders for \['video'\].*media are \['audio'\]"):
+        expand(ids, [AudioRun(3)], rules())
+    with pytest.raises(ValueError, match="one placeholder per medium"):
+        expand(ids, [], rules())
+
+
+def test_template_that_rewrites_history_is_refused() -> None:
+    template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        ChatFormat(stock_processor().tokenizer, template).encode(messages)
