@@ -61,6 +61,15 @@ def test_lists_and_null_on_the_command_line(tmp_path: Path):
     assert config.data.feature_cache is None
 
 
+def test_settings_of_methods_may_depend_on_the_ratio(tmp_path: Path):
+    text = "model: {path: m}\nmanifest: a\noutput_dir: o\nmethods: [mine]\n"
+    settings = "settings:\n  mine: {method: stvp, at: {0.25: {audio_ratio: 0.4}}}\n"
+    config = read_config(EvalConfig, write(tmp_path / "eval.yaml", text + settings))
+    assert config.settings == {"mine": {"method": "stvp", "at": {0.25: {"audio_ratio": 0.4}}}}
+    save_config(config, tmp_path / "saved.yaml")
+    assert read_config(EvalConfig, tmp_path / "saved.yaml") == config
+
+
 @pytest.mark.parametrize("flag", [["--local_rank", "1"], ["--local-rank=1"], ["--local_rank=0"]])
 def test_the_launchers_rank_is_tolerated(recipe: Path, flag: list[str]):
     config = load_config(TrainConfig, [*flag, "--config", str(recipe), "train.seed=7"])
@@ -132,6 +141,7 @@ def test_a_wrong_list_item_names_the_list(tmp_path: Path):
         ("train.estimator.candidates=1.5", "train.estimator.candidates is 1.5"),
         ("train.ratio.min=0.2", "train.ratio needs both"),
         ("train.ratio={min: 0.5, max: 0.2}", "train.ratio is [0.5, 0.2]"),
+        ("train.stop_at=0", "train.stop_at is 0; it must be above 0"),
         ("train.zero_stage=0", "train.zero_stage is 0; choose 1, 2 or 3"),
         ("data.max_pixels=10", "data.min_pixels 3136 is above data.max_pixels 10"),
         ("data.audio.max_seconds=-1", "data.audio.max_seconds is -1.0"),

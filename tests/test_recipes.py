@@ -3,12 +3,13 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import pytest
 
-from omnisieve.compressors import compressor_type
+from omnisieve.compressors import Compressor, Settings, compressor_type
 from omnisieve.config import EvalConfig, TrainConfig, check_fields, load_config, read_config
+from omnisieve.evaluation.methods import resolve_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -21,10 +22,15 @@ def launch_line(recipe: Path) -> list[str]:
     return shlex.split(first[2:])
 
 
-def method_sections(config: EvalConfig) -> list[dict[str, Any]]:
-    """Each method of an evaluation with its fields; a folder carries its own."""
-    names = [name for name in config.methods if "/" not in name]
-    return [{"method": name, "retained_ratio": 1.0} | config.settings.get(name, {}) for name in names]
+def build_methods(config: EvalConfig) -> list[Compressor]:
+    methods = resolve_methods(config.methods, config.settings)
+    return [method.build(ratio) for method in methods for ratio in method.ratios(config.ratios)]
+
+
+def settings_of(config: TrainConfig) -> Settings:
+    fields = dict(config.compressor)
+    kind = compressor_type(fields.pop("method")).settings_type
+    return kind(**check_fields(fields, get_type_hints(kind), "compressor"))
 
 
 def test_there_are_recipes():
@@ -42,10 +48,7 @@ def test_recipe_is_valid_and_its_launch_line_works(recipe: Path, monkeypatch: py
     assert len(arguments) > 2, f"{recipe.name}: the launch line must show an override"
     config = read_config(SCHEMAS[script], recipe)
     assert load_config(SCHEMAS[script], arguments)
-    sections = [config.compressor] if isinstance(config, TrainConfig) else method_sections(config)
-    for section in sections:
-        settings = compressor_type(section.pop("method")).settings_type
-        assert settings(**check_fields(section, get_type_hints(settings), recipe.name))
+    assert settings_of(config) if isinstance(config, TrainConfig) else build_methods(config)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

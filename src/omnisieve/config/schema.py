@@ -1,0 +1,205 @@
+"""What can be configured: the dataclasses are the schema, the defaults and the help text at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be used; the message says where, which key, and how to cure it."""
+
+
+def option(default: Any, text: str) -> Any:
+    """Declare a configuration key: its default (`MISSING`: must be given) and what it does or costs."""
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def section(kind: type) -> Any:
+    """Declare a group of keys."""
+    return field(default_factory=kind)
+
+
+@dataclass
+class ModelSection:
+    """The LLM, frozen, as a stock transformers checkpoint."""
+
+    path: str = option(MISSING, "local folder or hub name of the checkpoint")
+    dtype: Literal["bfloat16", "float16", "float32"] = option(
+        "bfloat16", "of the frozen LLM; bfloat16 halves memory, but is slower than float32 on most CPUs"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
+        "sdpa", "eager materialises S x S attention; flash_attention_2 needs the flash-attn package"
+    )
+
+
+@dataclass
+class AudioSection:
+    """The sound of a sample."""
+
+    max_seconds: float = option(300.0, "longer sound is cut, with one warning that counts it; 25 tokens a second")
+
+
+@dataclass
+class MediaSection:
+    """How media files become encoder inputs. Visual tokens grow with fps, max_frames and max_pixels."""
+
+    fps: float = option(2.0, "frames per second read from a video; 2 frames make one grid of tokens")
+    max_frames: int = option(256, "longer videos are sampled more thinly over their whole length")
+    min_pixels: int = option(4 * 28 * 28, "smaller frames are enlarged to this; one token is 28 x 28 pixels")
+    max_pixels: int = option(320 * 28 * 28, "larger frames are reduced to this: at most 320 tokens per grid")
+    audio: AudioSection = section(AudioSection)
+    decode_seconds: float = option(60.0, "a file that takes longer to decode counts as broken")
+    workers: int = option(2, "decoding processes per rank; raise it while the log shows data wait")
+    feature_cache: str | None = option(
+        None, "folder of tools/cache_features.py; saves decoding and encoders, takes about 100 MB per minute of video"
+    )
+
+    def __post_init__(self) -> None:
+        _positive("data", self, "fps", "max_frames", "min_pixels", "max_pixels", "decode_seconds")
+        _positive("data.audio", self.audio, "max_seconds")
+        _not_negative("data", self, "workers")
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(f"data.min_pixels {self.min_pixels} is above data.max_pixels {self.max_pixels}")
+
+
+@dataclass
+class DataSection(MediaSection):
+    """Training data: manifests in messages form, and how their media are read."""
+
+    train: str = option(MISSING, "JSONL manifest; media paths in it are relative to its folder")
+    val: str | None = option(None, "JSONL manifest for validation; null: no validation, the last step is the result")
+
+
+@dataclass
+class EstimatorSection:
+    """How the loss teaches a selection that is not differentiable."""
+
+    route: Literal["masked", "hard_drop"] = option(
+        "masked", "hard_drop removes dropped tokens: cheapest, but teaches kept ones only; masked teaches both"
+    )
+    candidates: float = option(
+        1.0, "masked: share of the dropped tokens that stay in the sequence; 1 teaches most, 0.5 costs about half"
+    )
+
+    def __post_init__(self) -> None:
+        _in_unit_interval("train.estimator", self, "candidates")
+
+
+@dataclass
+class RatioSection:
+    """Elastic ratio: every step draws its retained ratio from [min, max]; both null keep the compressor's own."""
+
+    min: float | None = option(None, "lowest retained ratio")
+    max: float | None = option(None, "highest retained ratio; the exported compressor serves the whole range")
+
+    def __post_init__(self) -> None:
+        if (self.min is None) != (self.max is None):
+            raise ConfigError("train.ratio needs both min and max, or neither")
+        if self.min is not None and self.max is not None and not 0 < self.min <= self.max <= 1:
+            raise ConfigError(f"train.ratio is [{self.min}, {self.max}]; it must satisfy 0 < min <= max <= 1")
+
+
+@dataclass
+class TrainSection:
+    """The optimisation. One step sees micro_batch_size * gradient_accumulation_steps * ranks clips."""
+
+    max_steps: int = option(MISSING, "optimiser steps")
+    micro_batch_size: int = option(1, "clips per rank and forward; memory grows with it")
+    gradient_accumulation_steps: int = option(1, "forwards per step; same result as a larger batch, takes longer")
+    lr: float = option(2e-4, "peak learning rate of the compressor")
+    weight_decay: float = option(0.0, "AdamW, on matrices only")
+    warmup_ratio: float = option(0.05, "share of the steps with rising learning rate")
+    min_lr_ratio: float = option(0.1, "the cosine ends at this share of lr")
+    max_grad_norm: float = option(1.0, "clipping of the global norm")
+    estimator: EstimatorSection = section(EstimatorSection)
+    ratio: RatioSection = section(RatioSection)
+    distill_weight: float = option(
+        0.0, "weight of the KL to the same LLM with all tokens; above 0 adds a full forward, about twice the time"
+    )
+    gradient_checkpointing: bool = option(False, "recompute the LLM in backward: a third slower, a fraction of memory")
+    zero_stage: int = option(2, "1 or 2 shard optimiser (and gradients); 3 also the frozen LLM, with more traffic")
+    seed: int = option(0, "of initialisation, data order and candidates")
+    log_every: int = option(10, "steps")
+    eval_every: int = option(100, "steps between validations, the best of which is kept; 0: never")
+    save_every: int = option(100, "steps between checkpoints; they hold trainables and optimiser only; 0: only the end")
+    save_total_limit: int = option(2, "older checkpoints are removed; the best one stays")
+    stop_at: int | None = option(None, "end with a checkpoint after this step, to be resumed later; null: at max_steps")
+    resume: str = option("auto", "auto: from the newest complete checkpoint in output_dir; never; or a checkpoint")
+    init_from: str | None = option(None, "exported compressor to start from, with a fresh optimiser")
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "micro_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm")
+        _positive("train", self, "log_every", "save_total_limit")
+        _not_negative("train", self, "weight_decay", "distill_weight", "eval_every", "save_every")
+        _in_unit_interval("train", self, "warmup_ratio", "min_lr_ratio")
+        if self.stop_at is not None:
+            _positive("train", self, "stop_at")
+        if self.zero_stage not in (1, 2, 3):
+            raise ConfigError(f"train.zero_stage is {self.zero_stage}; choose 1, 2 or 3")
+
+
+@dataclass
+class TrainConfig:
+    """A training run."""
+
+    model: ModelSection = section(ModelSection)
+    compressor: dict[str, Any] = option({}, "`method`, and the fields of that method")
+    data: DataSection = section(DataSection)
+    train: TrainSection = section(TrainSection)
+    output_dir: str = option(MISSING, "checkpoints, log, TensorBoard events and the resolved config go here")
+
+    def __post_init__(self) -> None:
+        if "method" not in self.compressor:
+            raise ConfigError("compressor.method is missing; name a method such as omnisift")
+
+
+@dataclass
+class EvalConfig:
+    """An evaluation run: every method at every ratio on one manifest."""
+
+    model: ModelSection = section(ModelSection)
+    data: MediaSection = section(MediaSection)
+    manifest: str = option(MISSING, "JSONL manifest with questions and answers")
+    benchmark: str = option("manifest", "its name in the report")
+    methods: list[str] = option(MISSING, "names of methods, folders of exported compressors, or keys of settings")
+    ratios: list[float] = option([0.25], "retained ratios; the method full runs once")
+    settings: dict[str, Any] = option(
+        {}, "by entry of `methods`: its fields; `method` makes a variant of that method, `at` holds fields by ratio"
+    )
+    batch_size: int = option(1, "clips per forward; memory grows with it")
+    max_new_tokens: int = option(16, "of an answer, decoded greedily")
+    limit: int | None = option(None, "only the first clips of the manifest")
+    bootstrap: int = option(2000, "resamples behind the 95 % intervals, clustered by clip")
+    seed: int = option(0, "of random selection and bootstrap")
+    output_dir: str = option(MISSING, "report.json, the table and the resolved config go here")
+
+    def __post_init__(self) -> None:
+        _positive("", self, "batch_size", "max_new_tokens", "bootstrap")
+        if not self.methods:
+            raise ConfigError("methods is empty; name at least one, for example methods=[full,random]")
+        if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:
+            raise ConfigError(f"ratios holds {bad[0]}; a retained ratio lies in (0, 1]")
+
+
+def _positive(prefix: str, values: Any, *names: str) -> None:
+    _require(prefix, values, names, lambda value: value > 0, "must be above 0")
+
+
+def _not_negative(prefix: str, values: Any, *names: str) -> None:
+    _require(prefix, values, names, lambda value: value >= 0, "must not be negative")
+
+
+def _in_unit_interval(prefix: str, values: Any, *names: str) -> None:
+    _require(prefix, values, names, lambda value: 0 <= value <= 1, "must lie in [0, 1]")
+
+
+def _require(prefix: str, values: Any, names: Sequence[str], holds: Callable[[float], bool], rule: str) -> None:
+    for name in names:
+        if not holds(getattr(values, name)):
+            raise ConfigError(f"{prefix}{'.' if prefix else ''}{name} is {getattr(values, name)}; it {rule}")
