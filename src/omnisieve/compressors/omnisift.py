@@ -140,9 +140,12 @@ class LearnedVideoPruner(nn.Module):
         """
         canvas, height, width = layout.canvas()
         batch, frames, cells = canvas.index.shape
-        image = canvas.gather(projected).masked_fill(~canvas.valid.unsqueeze(-1), 0)
-        image = image.reshape(batch * frames, height, width, -1).permute(0, 3, 1, 2)
-        spatial = self.cnn(image).reshape(batch, frames, cells)
+        inside = canvas.valid.reshape(batch * frames, 1, height, width)
+        image = canvas.gather(projected).reshape(batch * frames, height, width, -1).permute(0, 3, 1, 2)
+        # Cells off a frame's own grid are zero before each 3x3 convolution, as the border of a larger grid is not:
+        # a frame is scored alike whatever else the batch holds.
+        near = self.cnn[:3](image * inside)
+        spatial = self.cnn[3:](near * inside).reshape(batch, frames, cells)
         change = canvas.gather(change)
         frame_change = segment_mean(change.unsqueeze(-1), canvas.valid).expand_as(change)
         temporal = self.temporal(torch.stack([change, frame_change], dim=-1)).squeeze(-1)
