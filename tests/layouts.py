@@ -24,6 +24,7 @@ class LayoutSpec:
         images: tokens of an image before the video.
         odd_grids: the last window has one grid less.
         grid_every: with a capped frame rate only every n-th window has grids.
+        growth: rows that each further video has more than the one before.
     """
 
     windows: int = 3
@@ -38,6 +39,7 @@ class LayoutSpec:
     images: int = 0
     odd_grids: bool = False
     grid_every: int = 1
+    growth: int = 0
     text: int = 5
 
 
@@ -50,7 +52,7 @@ def make_map(spec: LayoutSpec) -> TokenMap:
     if spec.images:
         tokens += [(Modality.IMAGE, item, 0, 0, i, 0, stream) for i in range(spec.images)] + [text]
         item, stream = item + 1, stream + 1
-    for _ in range(spec.videos):
+    for number in range(spec.videos):
         own_audio = spec.audio and not spec.separate_audio
         video_item, audio_item = item, item + spec.video
         frame = 0
@@ -61,7 +63,7 @@ def make_map(spec: LayoutSpec) -> TokenMap:
                     time = 50 * window + 50 * grid // max(spec.grids_per_window, 1)
                     tokens += [
                         (Modality.VIDEO, video_item, frame, r, c, time, stream)
-                        for r in range(spec.rows)
+                        for r in range(spec.rows + number * spec.growth)
                         for c in range(spec.columns)
                     ]
                     frame += 1

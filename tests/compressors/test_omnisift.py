@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.layouts import LayoutSpec, make_layout
 
 from omnisieve.compressors import CompressorError, build_compressor
 from omnisieve.layout import Modality
+from tests.layouts import LayoutSpec, make_layout
 
 WIDTH = 32
 

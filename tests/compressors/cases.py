@@ -1,0 +1,89 @@
+"""Every method, in the settings worth testing, and the samples that all of them must cope with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnisieve import build_compressor, list_compressors
+from omnisieve.compressors import Compressor, Need
+from omnisieve.layout import TokenLayout
+from tests.layouts import LayoutSpec, make_layout
+
+HIDDEN = 16
+
+# Fields beside the ratio. A method without an entry is tested as it comes.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "omnisift": [
+        {"video_pruner": pruner, "width": 32, "heads": 4, "pruner_channels": 8} for pruner in ("learned", "similarity")
+    ],
+    "omnizip": [{}, {"variant": "units"}, {"scope": "file", "merge_group": 15}],
+    "stvp": [{"audio_novelty": 0.3}],
+}
+PUBLISHED: list[tuple[str, dict[str, Any]]] = [
+    ("divprune_om", {}),
+    ("omnisift", VARIANTS["omnisift"][1]),
+    ("omnizip", {}),
+    ("omnizip", {"variant": "units"}),
+    ("random", {}),
+    ("stvp", {}),
+]
+METHODS = [(name, fields) for name in list_compressors() for fields in VARIANTS.get(name, [{}])]
+
+LAYOUTS = {
+    "audio_video": LayoutSpec(),
+    "silent": LayoutSpec(audio=False),
+    "audio_only": LayoutSpec(video=False),
+    "separate_audio": LayoutSpec(separate_audio=True),
+    "two_videos": LayoutSpec(videos=2, windows=2),
+    "two_sizes": LayoutSpec(videos=2, windows=2, growth=1),
+    "image": LayoutSpec(images=7),
+    "odd_grids": LayoutSpec(odd_grids=True, rows=3, columns=5),
+    "capped_frame_rate": LayoutSpec(windows=5, grid_every=2, grids_per_window=1),
+    "long_audio": LayoutSpec(windows=4, rows=2, columns=2, audio_per_window=50),
+    "one_short_window": LayoutSpec(windows=1, grids_per_window=1, rows=2, columns=2, audio_per_window=3),
+    "text_only": LayoutSpec(video=False, audio=False),
+}
+
+
+def label(case: tuple[str, dict[str, Any]]) -> str:
+    """Test id of a method with its fields."""
+    return "-".join([case[0], *(str(value) for value in case[1].values() if isinstance(value, str))])
+
+
+def build(case: tuple[str, dict[str, Any]], **budget: Any) -> Compressor:
+    """The method with fixed weights; `full` has one ratio only."""
+    name, fields = case
+    torch.manual_seed(0)
+    budget = {"retained_ratio": 1.0} if name == "full" else budget
+    return build_compressor(name, hidden_size=HIDDEN, **fields, **budget).eval()
+
+
+class Batch:
+    """Layout, embeddings and statistics of some samples; what a sample holds does not depend on its neighbours."""
+
+    def __init__(self, names: Sequence[str], padding_side: str = "right") -> None:
+        self.layout: TokenLayout = make_layout(*(LAYOUTS[name] for name in names), padding_side=padding_side)
+        self.embeds = torch.full((len(names), self.layout.length, HIDDEN), 1e3)
+        self._attention = torch.full((len(names), self.layout.length), 1e3)
+        self.present = torch.from_numpy(self.layout.modality > 0)
+        for row, name in enumerate(names):
+            generator = torch.Generator().manual_seed(list(LAYOUTS).index(name))
+            size = int(self.present[row].sum())
+            self.embeds[row, self.present[row]] = torch.randn(size, HIDDEN, generator=generator)
+            self._attention[row, self.present[row]] = torch.rand(size, generator=generator) + 0.1
+
+    def needs(self, compressor: Compressor) -> dict[Need, Tensor]:
+        return {need: self._attention.masked_fill(~self.layout.mask(need.modality), 0) for need in compressor.needs}
+
+    def sample(self, row: int, values: Tensor) -> Tensor:
+        """One sample's values without padding."""
+        return values[row][self.present[row]]
+
+
+@torch.no_grad()
+def plan_of(compressor: Compressor, batch: Batch):
+    return compressor.plan(batch.embeds, batch.layout, batch.needs(compressor))

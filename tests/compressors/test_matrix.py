@@ -1,0 +1,160 @@
+"""What is true of every method on every kind of sample."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omnisieve.layout import Modality
+from omnisieve.plan import Plan
+from tests.compressors.cases import LAYOUTS, METHODS, PUBLISHED, Batch, build, label, plan_of
+
+RATIOS: dict[str, dict[str, float]] = {
+    "easy": {"retained_ratio": 0.25},
+    "hard": {"retained_ratio": 0.1},
+    "pair": {"video_ratio": 0.15, "audio_ratio": 0.6},
+}
+SHUFFLED = tuple(np.random.default_rng(0).permutation(list(LAYOUTS)))
+
+methods = pytest.mark.parametrize("method", METHODS, ids=label)
+published = pytest.mark.parametrize("method", PUBLISHED, ids=label)
+ratios = pytest.mark.parametrize("ratio", RATIOS)
+
+
+@cache
+def batch_of(*names: str, padding_side: str = "right") -> Batch:
+    return Batch(names, padding_side)
+
+
+def asked(ratio: dict[str, float], video: int, audio: int) -> float:
+    """Kept media tokens before rounding."""
+    if "retained_ratio" in ratio:
+        return ratio["retained_ratio"] * (video + audio)
+    return ratio["video_ratio"] * video + ratio["audio_ratio"] * audio
+
+
+def check_plan(plan: Plan, batch: Batch) -> None:
+    """Text and images stay, padding does not, nothing changes its order."""
+    modality = torch.from_numpy(batch.layout.modality)
+    assert plan.keep[(modality == Modality.TEXT) | (modality == Modality.IMAGE)].all()
+    assert not plan.keep[modality == Modality.PADDING].any()
+    compressed = plan.apply(batch.embeds)
+    for row, keep in enumerate(plan.keep):
+        index = compressed.index[row, compressed.attention_mask[row]]
+        assert torch.equal(index, keep.nonzero()[:, 0])
+        if plan.merge is None:
+            rows = compressed.embeds[row, compressed.attention_mask[row]]
+            torch.testing.assert_close(rows, batch.embeds[row, index], rtol=0, atol=0)
+
+
+@methods
+@ratios
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_budget_is_met_exactly(method: tuple[str, dict[str, Any]], ratio: str, padding_side: str) -> None:
+    compressor, batch = build(method, **RATIOS[ratio]), batch_of(*LAYOUTS, padding_side=padding_side)
+    plan, budget = plan_of(compressor, batch), compressor.budget(batch.layout)
+    measured = plan.measured(batch.layout)
+    assert budget.exact
+    np.testing.assert_array_equal(measured["video"], budget.video)
+    np.testing.assert_array_equal(measured["audio"], budget.audio)
+    np.testing.assert_array_equal(plan.keep.sum(dim=1), plan.kept)
+    wanted = {"retained_ratio": 1.0} if method[0] == "full" else RATIOS[ratio]
+    for row, total in enumerate(budget.total):
+        video, audio = (int(batch.layout.counts(m)[row]) for m in (Modality.VIDEO, Modality.AUDIO))
+        parts = 1 if "retained_ratio" in wanted else 2
+        assert abs(total - asked(wanted, video, audio)) <= 0.5 * parts or total == 1
+    check_plan(plan, batch)
+
+
+@methods
+@ratios
+def test_a_sample_is_treated_alike_alone_and_in_a_batch(method: tuple[str, dict[str, Any]], ratio: str) -> None:
+    compressor = build(method, **RATIOS[ratio])
+    assert_invariant(compressor)
+
+
+@published
+def test_published_rounding_keeps_at_most_its_bound(method: tuple[str, dict[str, Any]]) -> None:
+    compressor, batch = build(method, retained_ratio=0.4, rounding="official"), batch_of(*LAYOUTS)
+    plan, budget = plan_of(compressor, batch), compressor.budget(batch.layout)
+    measured = plan.measured(batch.layout)
+    compare = np.testing.assert_array_equal if budget.exact else np.testing.assert_array_less
+    slack = 0 if budget.exact else 1
+    for name in ("video", "audio"):
+        compare(measured[name], getattr(budget, name) + slack)
+    check_plan(plan, batch)
+    assert_invariant(compressor)
+
+
+def assert_invariant(compressor: torch.nn.Module) -> None:
+    """Alone, in a batch, in another order and padded on the other side: the same tokens, equally merged."""
+    batches = [batch_of(*LAYOUTS), batch_of(*SHUFFLED, padding_side="left")]
+    outcomes = [(plan.keep, merged(plan, batch)) for batch in batches for plan in [plan_of(compressor, batch)]]
+    for name in LAYOUTS:
+        alone = batch_of(name)
+        plan = plan_of(compressor, alone)
+        for names, batch, (keep, embeds) in zip((tuple(LAYOUTS), SHUFFLED), batches, outcomes, strict=True):
+            row = names.index(name)
+            assert torch.equal(batch.sample(row, keep), plan.keep[0]), name
+            torch.testing.assert_close(batch.sample(row, embeds), merged(plan, alone)[0], rtol=1e-5, atol=1e-5)
+
+
+def merged(plan: Plan, batch: Batch) -> torch.Tensor:
+    """Embeddings after merging, dropped tokens zero."""
+    embeds = batch.embeds if plan.merge is None else plan.merge.apply(batch.embeds)
+    return embeds.masked_fill(~plan.keep.unsqueeze(-1), 0)
+
+
+@methods
+def test_ratio_one_keeps_everything(method: tuple[str, dict[str, Any]]) -> None:
+    batch = batch_of(*LAYOUTS)
+    plan = plan_of(build(method, retained_ratio=1.0), batch)
+    assert torch.equal(plan.keep, batch.present)
+    assert plan.is_identity(batch.layout)
+
+
+@methods
+def test_planning_reads_nothing_back(method: tuple[str, dict[str, Any]]) -> None:
+    """Tensors on `meta` have no values: whoever asks for one, or for a shape that depends on one, is found out."""
+    compressor, batch = copy.deepcopy(build(method, retained_ratio=0.25)).to("meta"), batch_of(*LAYOUTS)
+    needs = {need: value.to("meta") for need, value in batch.needs(compressor).items()}
+    with torch.no_grad():
+        plan = compressor.plan(batch.embeds.to("meta"), batch.layout.to("meta"), needs)
+    np.testing.assert_array_equal(plan.kept, plan_of(build(method, retained_ratio=0.25), batch).kept)
+    applied = plan.apply(batch.embeds.to("meta"))
+    assert applied.embeds.shape == (len(LAYOUTS), plan.kept.max(), batch.embeds.shape[-1])
+
+
+@published
+def test_published_rounding_reads_nothing_back(method: tuple[str, dict[str, Any]]) -> None:
+    compressor, batch = build(method, retained_ratio=0.4, rounding="official").to("meta"), batch_of(*LAYOUTS)
+    needs = {need: value.to("meta") for need, value in batch.needs(compressor).items()}
+    with torch.no_grad():
+        assert compressor.plan(batch.embeds.to("meta"), batch.layout.to("meta"), needs).keep.is_meta
+
+
+READERS = {
+    "item": lambda x: x.sum().item(),
+    "nonzero": lambda x: x.nonzero(),
+    "boolean index": lambda x: x[x > 0],
+    "copy": lambda x: x.cpu(),
+    "list": lambda x: x.tolist(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_meta_finds_readers_out(reader: str) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        READERS[reader](torch.ones(3, device="meta"))
+
+
+@methods
+def test_plans_repeat(method: tuple[str, dict[str, Any]]) -> None:
+    """The same input twice gives the same plan; methods keep no state."""
+    compressor, batch = build(method, retained_ratio=0.25), batch_of(*LAYOUTS)
+    assert torch.equal(plan_of(compressor, batch).keep, plan_of(compressor, batch).keep)
