@@ -1,0 +1,234 @@
+"""JSONL manifests in `messages` form.
+
+One line is one conversation:
+
+    {"id": "clip-7",
+     "messages": [
+       {"role": "user", "content": [{"type": "video", "video": "clips/7.mp4", "fps": 2, "max_frames": 128},
+                                    {"type": "text", "text": "What is said?"}], "family": "speech"},
+       {"role": "assistant", "content": "hello"}]}
+
+or with tags in a string: `"content": "<video>What is said?"` beside `"videos": ["clips/7.mp4"]`, likewise `<image>`
+with `images` and `<audio>` with `audios`; a tag takes the next file of its list. Paths are relative to the
+manifest's folder. Every other key, of the line or of a message, is kept. `id` defaults to the line's number. Whether a
+video has sound is read from the file, never from the manifest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+KINDS = ("video", "audio", "image")
+ROLES = ("system", "user", "assistant")
+_TAG = re.compile(r"<(video|audio|image)>")
+_SAMPLING = {"fps": float, "max_frames": int}
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; the message names file, line, key and cure."""
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """One medium of a conversation: `kind` "video", "audio" or "image", and how densely to sample a video."""
+
+    kind: str
+    path: Path
+    fps: float | None = None
+    max_frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One line of a manifest.
+
+    Attributes:
+        id: its own, or the line's number.
+        messages: {"role", "content", ...}; content is a string or parts {"type": "text", "text"} / {"type": KIND}.
+        media: in the order of their parts.
+        meta: the line's other keys.
+    """
+
+    id: str
+    messages: tuple[Mapping[str, Any], ...]
+    media: tuple[MediaPart, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def questions(self) -> Iterator[Conversation]:
+        """Each question on its own: the media and system turns, one user turn, and nothing before it.
+
+        The question's text and answer, its turn's number and its message's other keys join `meta` (`question`, `answer`,
+        `turn`). Media parts of earlier turns move to the front of the question.
+        """
+        system = [m for m in self.messages if m["role"] == "system"]
+        seen: list[Mapping[str, Any]] = []
+        turn = 0
+        for index, message in enumerate(self.messages):
+            if message["role"] != "user":
+                continue
+            parts = _parts(message["content"])
+            seen += [part for part in parts if part["type"] != "text"]
+            texts = [part for part in parts if part["type"] == "text"]
+            if index + 1 == len(self.messages) or self.messages[index + 1]["role"] != "assistant":
+                continue
+            meta = {
+                **self.meta,
+                **{key: value for key, value in message.items() if key not in ("role", "content")},
+                "question": "".join(part["text"] for part in texts),
+                "answer": _text(self.messages[index + 1]["content"]),
+                "turn": turn,
+            }
+            asked = {"role": "user", "content": [*seen, *texts]}
+            yield replace(self, messages=(*system, asked), media=self.media[: len(seen)], meta=meta)
+            turn += 1
+
+
+class Manifest(Sequence[Conversation]):
+    """A manifest file. Lines live in a memory-mapped Arrow table and are parsed when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """
+        Args:
+            path: JSON lines; empty lines are skipped.
+
+        Raises:
+            ManifestError: the file is missing or has no lines. A wrong line is reported when it is read, or by
+                `check`.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ManifestError(f"{path}: there is no such manifest; give the path of a JSONL file")
+        # As text: typed columns would force one schema on contents that are strings here and lists there.
+        table = datasets.load_dataset(
+            "text", data_files=str(self.path), split="train", keep_linebreaks=False, encoding="utf-8"
+        )
+        lines = [number for number, text in enumerate(table["text"]) if text.strip()]
+        if not lines:
+            raise ManifestError(f"{path}: the manifest has no lines")
+        self._table, self._lines = table, lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The conversation at `index` (or those of a slice); raises `ManifestError` for a wrong line."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        line = self._lines[index]
+        return _parse(self._table[line]["text"], self.path, line + 1)
+
+    def check(self) -> None:
+        """Read every line; raises `ManifestError` at the first wrong one."""
+        for _ in self:
+            pass
+
+
+def _parse(text: str, path: Path, line: int) -> Conversation:
+    def wrong(key: str, problem: str) -> ManifestError:
+        return ManifestError(f"{path}, line {line}, key {key!r}: {problem}")
+
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ManifestError(f"{path}, line {line}: no valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ManifestError(f"{path}, line {line}: a JSON object is needed, this is a {type(row).__name__}")
+    messages = row.get("messages")
+    if messages is None:
+        near = difflib.get_close_matches("messages", list(row), 1)
+        hint = f"; is {near[0]!r} meant?" if near else ""
+        if "conversations" in row:
+            hint = "; this looks like ShareGPT form, convert it with tools/convert_manifest.py"
+        raise wrong("messages", f"missing, the line has {sorted(row)}{hint}")
+    if not isinstance(messages, list) or not messages:
+        raise wrong("messages", "a non-empty list is needed")
+    queues = {kind: _files(row, kind, wrong) for kind in KINDS}
+    media: list[MediaPart] = []
+    parsed = [
+        _message(message, f"messages[{i}]", queues, media, path.parent, wrong) for i, message in enumerate(messages)
+    ]
+    if left := [f"{kind}s" for kind in KINDS if queues[kind]]:
+        raise wrong(left[0], f"more files than <{left[0][:-1]}> tags in the messages")
+    meta = {key: value for key, value in row.items() if key not in ("id", "messages", "videos", "audios", "images")}
+    return Conversation(str(row.get("id", line)), tuple(parsed), tuple(media), meta)
+
+
+def _files(row: Mapping[str, Any], kind: str, wrong: Any) -> list[str]:
+    value = row.get(f"{kind}s", [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise wrong(f"{kind}s", "a list of paths is needed")
+    return list(value)
+
+
+def _message(
+    message: Any, key: str, queues: dict[str, list[str]], media: list[MediaPart], folder: Path, wrong: Any
+) -> dict[str, Any]:
+    """One message with normalised content; its media are appended to `media`."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise wrong(f"{key}.role", f"one of {', '.join(ROLES)} is needed")
+    content = message.get("content")
+    if isinstance(content, str) and message["role"] != "assistant":
+        content = _split_tags(content)
+        for part in content:
+            kind = part["type"]
+            if kind == "text":
+                continue
+            if not queues[kind]:
+                raise wrong(f"{kind}s", f"fewer files than <{kind}> tags in the messages")
+            media.append(MediaPart(kind, folder / queues[kind].pop(0)))
+        if all(part["type"] == "text" for part in content):
+            content = message["content"]
+    elif isinstance(content, list):
+        content = [_part(part, f"{key}.content[{i}]", media, folder, wrong) for i, part in enumerate(content)]
+        if message["role"] == "assistant" and any(part["type"] != "text" for part in content):
+            raise wrong(f"{key}.content", "an answer holds text only")
+    elif not isinstance(content, str):
+        raise wrong(f"{key}.content", "a string or a list of parts is needed")
+    return {**message, "content": content}
+
+
+def _part(part: Any, key: str, media: list[MediaPart], folder: Path, wrong: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise wrong(f"{key}.text", "a string is needed")
+        return {"type": "text", "text": part["text"]}
+    if kind not in KINDS:
+        raise wrong(f"{key}.type", f"one of text, {', '.join(KINDS)} is needed, this is {kind!r}")
+    if not isinstance(part.get(kind), str):
+        raise wrong(f"{key}.{kind}", "the path of the file is needed")
+    unknown = set(part) - {"type", kind} - (set(_SAMPLING) if kind == "video" else set())
+    if unknown:
+        raise wrong(
+            f"{key}.{min(unknown)}",
+            f"unknown; a {kind} part has type, {kind}" + (", fps, max_frames" * (kind == "video")),
+        )
+    for name, number in _SAMPLING.items():
+        value = part.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | number) or value <= 0):
+            raise wrong(f"{key}.{name}", f"a positive {'number' if number is float else 'integer'} is needed")
+    media.append(MediaPart(kind, folder / part[kind], part.get("fps"), part.get("max_frames")))
+    return {"type": kind}
+
+
+def _split_tags(text: str) -> list[dict[str, Any]]:
+    """ "<video>What?" as parts."""
+    pieces = _TAG.split(text)
+    parts = [{"type": "text", "text": piece} if i % 2 == 0 else {"type": piece} for i, piece in enumerate(pieces)]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _parts(content: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    return "".join(part["text"] for part in _parts(content) if part["type"] == "text")

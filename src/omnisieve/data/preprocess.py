@@ -1,0 +1,108 @@
+"""Frames and waveforms to encoder inputs, by the stock processors of a model's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from omnisieve.data.batch import Patches
+from omnisieve.data.chat import ChatFormat
+from omnisieve.data.media import SAMPLING_RATE, VideoFrames
+from omnisieve.data.tokens import TokenRules
+
+_STFT_MARGIN = 320
+"""Samples of silence behind a sound that keep the last frames of its spectrogram what long padding makes them."""
+
+
+class Preprocessor:
+    """What turns one clip's frames, picture or waveform into encoder inputs.
+
+    Frames are resized between `min_pixels` and `max_pixels` each; there is no hidden cap on a video's total.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        rules: TokenRules,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        """
+        Args:
+            processor: of the model, e.g. `AutoProcessor.from_pretrained(path)`.
+            rules: of the model's family.
+            min_pixels, max_pixels: size of a frame or image after resizing; the processor's own when None.
+        """
+        self.rules = rules
+        self.chat = ChatFormat(processor.tokenizer, processor.chat_template)
+        self.tokenizer = processor.tokenizer
+        self.video_processor = processor.video_processor
+        self.image_processor = processor.image_processor
+        self.feature_extractor = processor.feature_extractor
+        self.video_size = _size(self.video_processor, min_pixels, max_pixels)
+        self.image_size = _size(self.image_processor, min_pixels, max_pixels)
+
+    def video(self, video: VideoFrames) -> Patches:
+        """Patches of a video; its last frame is repeated to fill the last temporal patch."""
+        frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
+        step = self.rules.temporal_patch_size
+        if missing := -len(frames) % step:
+            frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+        options: dict[str, Any] = {"do_sample_frames": False, "size": self.video_size}
+        if hasattr(self.video_processor, "cap_pixels_per_frame"):
+            options["cap_pixels_per_frame"] = False
+        output = self.video_processor(videos=[frames], return_tensors="pt", **options)
+        t, h, w = output["video_grid_thw"][0].tolist()
+        return Patches(output["pixel_values_videos"], (t, h, w), video.seconds_per_frame * step)
+
+    def image(self, picture: np.ndarray) -> Patches:
+        """Patches of an image, uint8 [H, W, 3]."""
+        pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+        output = self.image_processor(images=[pixels], size=self.image_size, return_tensors="pt")
+        t, h, w = output["image_grid_thw"][0].tolist()
+        return Patches(output["pixel_values"], (t, h, w))
+
+    def audio(self, waveform: np.ndarray) -> Tensor | None:
+        """Log-mel spectrogram [mel bins, ceil(samples / hop)]; None if too short for a single token.
+
+        Equal, bit for bit, to what the extractor gives after padding to 300 s, and not cut at 300 s.
+        """
+        hop = self.feature_extractor.hop_length
+        frames = math.ceil(len(waveform) / hop)
+        if not self.rules.audio_tokens(frames):
+            return None
+        padded = np.pad(waveform, (0, frames * hop - len(waveform) + _STFT_MARGIN))
+        output = self.feature_extractor(
+            padded, sampling_rate=SAMPLING_RATE, padding="longest", truncation=False, return_tensors="pt"
+        )
+        return output["input_features"][0, :, :frames]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of this object decides the encoder inputs; part of a feature cache's key."""
+        described = [p.to_dict() for p in (self.video_processor, self.image_processor, self.feature_extractor)]
+        for settings in described:
+            settings.pop("mel_filters", None)
+        text = json.dumps(described, sort_keys=True, default=str)
+        return {
+            "processors": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "video_size": dict(self.video_size),
+            "image_size": dict(self.image_size),
+        }
+
+
+def _size(processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
+    """The `size` argument of a stock processor call."""
+    size = dict(processor.size)
+    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    merged = {key: size[key] if value is None else value for key, value in limits.items()}
+    if merged["shortest_edge"] > merged["longest_edge"]:
+        raise ValueError(f"min_pixels {merged['shortest_edge']} is above max_pixels {merged['longest_edge']}")
+    return merged
