@@ -27,12 +27,13 @@ def draw_frames(clip: Clip) -> np.ndarray:
     rows = corners[0][None] * (1 - ramp[..., None]) + corners[1][None] * ramp[..., None]
     background = rows[:, :1] * (1 - ramp.T[..., None]) + rows[:, 1:] * ramp.T[..., None]
     seconds = np.repeat(background[None], SECONDS, axis=0)
+    noise = np.rint(rng.normal(0, NOISE, (SIZE, SIZE, 3))).astype(np.float32)
+    shifts = rng.integers(0, SIZE, (SECONDS * FRAMES_PER_SECOND, 2))
     _draw_textures(seconds, clip)
     for event in clip.events:
         _draw_event(seconds, event, rng)
-    noise = rng.normal(0, NOISE, (SIZE, SIZE, 3)).astype(np.float32)
     frames = np.repeat(seconds, FRAMES_PER_SECOND, axis=0)
-    for i, shift in enumerate(rng.integers(0, SIZE, (len(frames), 2))):
+    for i, shift in enumerate(shifts):
         frames[i] += np.roll(noise, tuple(shift), axis=(0, 1))
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
@@ -61,7 +62,7 @@ def _draw_event(seconds: np.ndarray, event: Event, rng: np.random.Generator) -> 
 
 def shape_mask(shape: int, shift: tuple[float, float] = (0.0, 0.0), scale: float = 1.0) -> np.ndarray:
     """Return the soft mask of a shape in its cell, float32 [28, 28] in 0..1."""
-    axis = (np.arange(CELL, dtype=np.float32) + 0.5 - CELL / 2) / (CELL / 2 * 0.9 * scale)
+    axis = (np.arange(CELL) + 0.5 - CELL / 2) / (CELL / 2 * 0.9 * scale)
     y = axis[:, None] - shift[0] / (CELL / 2)
     x = axis[None, :] - shift[1] / (CELL / 2)
     radius, angle = np.hypot(x, y), np.arctan2(x, -y)
@@ -70,19 +71,24 @@ def shape_mask(shape: int, shift: tuple[float, float] = (0.0, 0.0), scale: float
         "square": 0.75 - np.maximum(abs(x), abs(y)),
         "triangle": np.minimum(0.7 - y, (y + 0.9) * 0.5 - abs(x)),
         "diamond": 0.95 - (abs(x) + abs(y)),
-        "cross": 0.28 - np.minimum(abs(x), abs(y)) + 0 * radius + np.minimum(0, 0.9 - np.maximum(abs(x), abs(y))) * 9,
+        "cross": np.minimum(0.28 - np.minimum(abs(x), abs(y)), 0.9 - np.maximum(abs(x), abs(y))),
         "star": 0.62 + 0.33 * np.cos(5 * angle) - radius,
         "ring": 0.2 - abs(radius - 0.7),
         "moon": np.minimum(0.9 - radius, np.hypot(x - 0.45, y) - 0.6),
     }[SHAPES[shape]]
-    return np.clip(inside * 8 + 0.5, 0, 1).astype(np.float32)
+    return _quantise(np.clip(inside * 8 + 0.5, 0, 1))
+
+
+def _quantise(values: np.ndarray) -> np.ndarray:
+    """Round to 1/64, so that the last bits of a platform's sine cannot change a pixel."""
+    return (np.rint(values * 64) / 64).astype(np.float32)
 
 
 @lru_cache(maxsize=4)
 def _pattern_bank(kinds: tuple[str, ...]) -> np.ndarray:
     """Return the texture patterns of a domain, float32 [kinds, 8 variants, 28, 28] in 0..1."""
     y, x = np.meshgrid(np.arange(CELL), np.arange(CELL), indexing="ij")
-    bank = np.empty((len(kinds), 8, CELL, CELL), dtype=np.float32)
+    bank = np.empty((len(kinds), 8, CELL, CELL))
     for k, kind in enumerate(kinds):
         for v in range(8):
             phase, period = v % 4 * 3, 14 if v < 4 else 28
@@ -99,4 +105,4 @@ def _pattern_bank(kinds: tuple[str, ...]) -> np.ndarray:
                 "rings": np.hypot(x - 14, y - 14) % period < period / 2,
                 "ramps": u / period,
             }[kind]
-    return bank
+    return _quantise(bank)

@@ -39,7 +39,7 @@ VISUAL = tuple(f for f in WORDINGS if "tone" not in f and "call" not in f and "r
 CROSS = tuple(f for f in WORDINGS if "tone" in f)
 AUDITORY = tuple(f for f in WORDINGS if "call" in f or "register" in f)
 
-_VOCABULARY = {
+VOCABULARY: dict[str, tuple[str, ...]] = {
     "colour": COLOURS,
     "shape": SHAPES,
     "tone": TONES,
@@ -63,7 +63,7 @@ class Question:
 def all_questions(clip: Clip) -> list[Question]:
     """Return every question that can be asked about a clip: 12 for each event, 6 for each call."""
     questions = []
-    for group, words in enumerate(_things(clip)):
+    for group, words in enumerate(attributes(clip)):
         for target in words:
             for source in words:
                 if source != target:
@@ -75,15 +75,15 @@ def draw_questions(clip: Clip) -> list[Question]:
     """Return the 16 questions of a clip's manifest line, in random order (see the module's docstring)."""
     rng = clip.rng(3)
     questions = []
-    for group, words in enumerate(_things(clip)):
+    for group, words in enumerate(attributes(clip)):
         for one, other in _random_tree(list(words), rng):
             target, source = (one, other) if rng.random() < 0.5 else (other, one)
             questions.append(_ask(words, target, source, group))
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def _things(clip: Clip) -> list[dict[str, str]]:
-    """Return the attribute words of every event and call."""
+def attributes(clip: Clip) -> list[dict[str, str]]:
+    """Return the words of every event (colour, shape, second, tone), then of every call (call, register, second)."""
     events = [
         {"colour": COLOURS[e.colour], "shape": SHAPES[e.shape], "second": NUMBERS[e.second], "tone": TONES[e.tone]}
         for e in clip.events
@@ -111,4 +111,4 @@ def _ask(words: dict[str, str], target: str, source: str, group: int) -> Questio
 
 def answer_words() -> tuple[str, ...]:
     """Return every word that can be an answer."""
-    return tuple(word for words in _VOCABULARY.values() for word in words)
+    return tuple(word for words in VOCABULARY.values() for word in words)
