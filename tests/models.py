@@ -71,9 +71,7 @@ def tiny_thinker(
     torch.manual_seed(seed)
     config = tiny_config(layers)
     config._attn_implementation = attention
-    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-        config, dtype=dtype, attn_implementation=attention
-    )
+    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -151,13 +149,9 @@ def tiny_inputs(
     """
     rows, positions, pixels, pictures, mels = [], [], [], [], []
     for items in samples:
-        generator = torch.Generator().manual_seed(
-            seed + 31 * len(items) + sum(i.mel + 7 * i.grids for i in items)
-        )
+        generator = torch.Generator().manual_seed(seed + 31 * len(items) + sum(i.mel + 7 * i.grids for i in items))
         words = torch.randint(FIRST_WORD, VOCABULARY, (len(items) + 1, text), generator=generator).tolist()
-        ids = words[0] + [
-            t for item, tail in zip(items, words[1:], strict=True) for t in media_tokens(item) + tail
-        ]
+        ids = words[0] + [t for item, tail in zip(items, words[1:], strict=True) for t in media_tokens(item) + tail]
         rows.append(torch.tensor(ids))
         for item in items:
             if item.grids:
@@ -168,9 +162,7 @@ def tiny_inputs(
                 mels.append(torch.randn(MEL_BINS, item.mel, generator=generator))
         positions.append(_positions(model, rows[-1], items))
     length = max(len(row) for row in rows)
-    place = [
-        slice(length - len(row), length) if padding_side == "left" else slice(0, len(row)) for row in rows
-    ]
+    place = [slice(length - len(row), length) if padding_side == "left" else slice(0, len(row)) for row in rows]
     input_ids = torch.full((len(rows), length), PAD)
     mask = torch.zeros_like(input_ids)
     position_ids = torch.ones(4, len(rows), length, dtype=torch.long)
@@ -197,12 +189,8 @@ def _media_inputs(
         batch["image_grid_thw"] = _grids(i for i in items if i.image)
     if mels:
         longest = max(mel.shape[1] for mel in mels)
-        batch["input_features"] = torch.stack(
-            [nn.functional.pad(mel, (0, longest - mel.shape[1])) for mel in mels]
-        )
-        batch["feature_attention_mask"] = torch.stack(
-            [(torch.arange(longest) < mel.shape[1]).long() for mel in mels]
-        )
+        batch["input_features"] = torch.stack([nn.functional.pad(mel, (0, longest - mel.shape[1])) for mel in mels])
+        batch["feature_attention_mask"] = torch.stack([(torch.arange(longest) < mel.shape[1]).long() for mel in mels])
     return batch
 
 

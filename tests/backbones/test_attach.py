@@ -6,14 +6,11 @@ import threading
 
 import pytest
 import torch
-from transformers import StaticCache
 
-from omnisieve.backbones import BackboneError, adapter_for, attach
+from omnisieve.backbones import adapter_for, attach
 from omnisieve.data.batch import Batch
-from omnisieve.layout import Modality
 from tests.backbones.toys import greedy_reference, norm_compressor, stock_embeds
 from tests.models import PICTURE, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
-from omnisieve.compressors.base import Settings
 
 STEPS = 6
 MIXED = [[SOUNDING], [SILENT], [SPEECH], [SILENT, Media(grids=2, rows=2, columns=2)]]
@@ -138,7 +135,9 @@ def test_beams_equal_those_of_single_samples(thinker, changes):
         def beams(samples):
             inputs = tiny_inputs(thinker, samples)
             attachment.layout = layout_of(thinker, inputs)
-            return thinker.generate(**merged(thinker, inputs), max_new_tokens=STEPS, do_sample=False, **changes).tolist()
+            return thinker.generate(
+                **merged(thinker, inputs), max_new_tokens=STEPS, do_sample=False, **changes
+            ).tolist()
 
         together = beams(MIXED)
         assert together == [tokens for items in MIXED for tokens in beams([items])]

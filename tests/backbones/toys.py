@@ -72,7 +72,9 @@ def learned_toy(hidden_size: int, ratio: float = 0.3, dtype: torch.dtype = torch
     return LearnedToy(Settings(retained_ratio=ratio), hidden_size, dtype)
 
 
-def greedy_reference(decoder: nn.Module, lm_head: nn.Module, embeds: Tensor, positions: Tensor, steps: int) -> list[int]:
+def greedy_reference(
+    decoder: nn.Module, lm_head: nn.Module, embeds: Tensor, positions: Tensor, steps: int
+) -> list[int]:
     """Greedy decoding of one sample without cache or padding.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from omnisieve.backbones.saliency import install_saliency
 from omnisieve.backbones.token_maps import token_maps
 from omnisieve.compressors.base import Need
 from omnisieve.data.batch import Batch, Features
+from omnisieve.data.tokens import TokenRules
 from omnisieve.layout import Modality, TokenLayout
+from omnisieve.plan import PaddingSide
 
 
 class BackboneError(ValueError):
@@ -71,6 +73,21 @@ class Adapter:
             Modality.AUDIO: config.audio_token_id,
         }
 
+    def token_rules(self) -> TokenRules:
+        """How this model turns media into tokens."""
+        config = self.thinker.config
+        return TokenRules(
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            audio_token_id=config.audio_token_id,
+            audio_start_token_id=config.audio_start_token_id,
+            audio_end_token_id=config.audio_end_token_id,
+            spatial_merge_size=config.vision_config.spatial_merge_size,
+            temporal_patch_size=config.vision_config.temporal_patch_size,
+            ids_per_second=config.position_id_per_seconds,
+            seconds_per_chunk=config.seconds_per_chunk,
+        )
+
     @torch.no_grad()
     def encode(self, batch: Batch, needs: Sequence[Need] = ()) -> Features:
         """Run the frozen encoders.
@@ -107,11 +124,7 @@ class Adapter:
             features: rows in sequence order, as many as there are placeholders.
         """
         embeds = self.embeddings(input_ids)
-        rows = {
-            Modality.IMAGE: features.image,
-            Modality.VIDEO: features.video,
-            Modality.AUDIO: features.audio,
-        }
+        rows = {Modality.IMAGE: features.image, Modality.VIDEO: features.video, Modality.AUDIO: features.audio}
         for modality, token_id in self.token_ids.items():
             values = rows[modality]
             if values is not None:
@@ -130,8 +143,8 @@ class Adapter:
             values = features.extra.get(feature_name(need))
             if values is None and layout.counts(need.modality).any():
                 raise BackboneError(
-                    f"the cached features hold no {feature_name(need)!r}, which this compressor needs: cache them again "
-                    f"for it (they hold {sorted(features.extra) or 'no statistics'})"
+                    f"the cached features hold no {feature_name(need)!r}, which this compressor needs: cache them "
+                    f"again for it (they hold {sorted(features.extra) or 'no statistics'})"
                 )
             found[need] = arrange(values, need.modality, layout)
         return found
@@ -150,25 +163,25 @@ class Adapter:
             BackboneError: positions are missing, or padding is not on one side.
         """
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-        roped = position_ids is not None and position_ids.dim() == 3
-        rope = position_ids[-3:] if roped else input_ids.new_zeros(3, *input_ids.shape)
-        host = torch.cat([input_ids[None], present[None], rope.expand(3, *input_ids.shape)]).cpu().numpy()
-        ids, present_host, positions = host[0], host[1] != 0, host[2:]
+        rope = None if position_ids is None or position_ids.dim() < 3 else position_ids[-3:]
+        parts = [input_ids[None], present[None]] + ([] if rope is None else [rope])
+        host = torch.cat(parts).cpu().numpy()
+        ids, present_host = host[0], host[1] != 0
+        positions = np.zeros((3, *ids.shape), dtype=np.int64) if rope is None else host[2:]
         modality = np.where(present_host, int(Modality.TEXT), int(Modality.PADDING))
         for kind, token_id in self.token_ids.items():
             modality[present_host & (ids == token_id)] = kind
-        if not roped and (modality >= Modality.IMAGE).any():
+        if rope is None and (modality >= Modality.IMAGE).any():
             raise BackboneError(
                 "media tokens without rope positions [3, B, S]: pass attention_mask beside input_ids, from which the "
                 "model computes them, or pass position_ids"
             )
-        side = "right" if present_host[:, 0].all() else "left"
-        config = self.thinker.config
+        side: PaddingSide = "right" if present_host[:, 0].all() else "left"
         layout = TokenLayout.stack(
             token_maps(modality, positions),
             length=ids.shape[1],
             padding_side=side,
-            ids_per_window=round(config.position_id_per_seconds * config.seconds_per_chunk),
+            ids_per_window=self.token_rules().ids_per_chunk,
         )
         if (layout.modality != modality).any():
             raise BackboneError("the batch has padding inside a sequence or on both sides; pad on one side")
@@ -202,7 +215,9 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises:
         BackboneError: another model.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+    base: Any = model
+    if hasattr(base, "get_base_model"):  # peft
+        base = base.get_base_model()
     speaks = False
     if isinstance(base, Qwen2_5OmniForConditionalGeneration):
         base, speaks = base.thinker, bool(base.has_talker)
@@ -211,8 +226,6 @@ def adapter_for(model: nn.Module) -> Adapter:
             f"{type(model).__name__} is not supported; supported are Qwen2_5OmniThinkerForConditionalGeneration and "
             "Qwen2_5OmniForConditionalGeneration of transformers 5.17 to 5.24, also wrapped by peft"
         )
-    thinker: Any = base
-    inner = thinker.model
-    nested = hasattr(inner, "language_model")
-    towers, decoder = (inner, inner.language_model) if nested else (thinker, inner)
-    return Adapter(thinker, decoder, towers.audio_tower, towers.visual, speaks)
+    inner = base.model
+    towers, decoder = (inner, inner.language_model) if hasattr(inner, "language_model") else (base, inner)
+    return Adapter(base, decoder, towers.audio_tower, towers.visual, speaks)

@@ -134,9 +134,7 @@ class Attachment:
 
     def _install(self, hooks: ExitStack) -> None:
         adapter = self.adapter
-        hooks.callback(
-            adapter.embeddings.register_forward_pre_hook(self._on_embedding, with_kwargs=True).remove
-        )
+        hooks.callback(adapter.embeddings.register_forward_pre_hook(self._on_embedding, with_kwargs=True).remove)
         hooks.callback(adapter.decoder.register_forward_pre_hook(self._on_decoder, with_kwargs=True).remove)
         hooks.callback(adapter.lm_head.register_forward_pre_hook(self._on_head).remove)
         install_saliency(adapter.audio_tower, self.compressor.needs, self._on_saliency, hooks)
@@ -169,8 +167,8 @@ class Attachment:
         if prefill is None:
             if several and not self._paused and (ids is None or self._has_media(ids)):
                 raise BackboneError(
-                    "media tokens on top of a filled cache cannot be compressed: give the whole prompt at once, without "
-                    "prefill_chunk_size and without the cache of an earlier turn"
+                    "media tokens on top of a filled cache cannot be compressed: give the whole prompt at once, "
+                    "without prefill_chunk_size and without the cache of an earlier turn"
                 )
             return
         if several:
@@ -243,8 +241,8 @@ class Attachment:
         values = self._flow.saliency.get(need)
         if values is None and layout.counts(need.modality).any():
             raise BackboneError(
-                f"{self.compressor.name} needs {need.kind} of {need.modality.name.lower()} tokens, but the encoder did not "
-                "run in this forward: hand it in with `attachment.expect(needs=...)`"
+                f"{self.compressor.name} needs {need.kind} of {need.modality.name.lower()} tokens, but the encoder "
+                "did not run in this forward: hand it in with `attachment.expect(needs=...)`"
             )
         return arrange(values, need.modality, layout)
 
@@ -259,19 +257,15 @@ class Attachment:
     ) -> Tensor | None:
         """Replace the decoder's arguments; returns the compressed labels."""
         if self.adapter.speaks and kwargs.get("output_hidden_states"):
-            raise BackboneError("speech needs the states of all tokens: generate with return_audio=False")
+            raise BackboneError("speech needs the states of all tokens: generate with generation_mode='text'")
         cache = self._cache(plan, cache, kwargs)
         side = _padding_side(layout, cached=cache is not None)
-        compressed = plan.apply(
-            embeds, position_ids=kwargs.get("position_ids"), labels=labels, padding_side=side
-        )
+        compressed = plan.apply(embeds, position_ids=kwargs.get("position_ids"), labels=labels, padding_side=side)
         mask = compressed.attention_mask if compressed.ragged else None
         if cache is not None:
             setattr(cache, _PREFILL, _Prefill(mask, compressed.embeds.shape[1]))
         elif side == "right":
-            mask = (
-                None  # causal attention never looks at padding on the right; without a mask kernels are fused
-            )
+            mask = None  # causal attention never looks at padding on the right; without a mask kernels are fused
         kwargs["inputs_embeds"] = compressed.embeds
         kwargs["position_ids"] = compressed.position_ids
         kwargs["attention_mask"] = mask
@@ -283,9 +277,7 @@ class Attachment:
         """The cache of this forward, made here when the decoder would make one, so that decoding finds its state."""
         if plan.candidates is not None:
             if cache is not None:
-                raise BackboneError(
-                    "the masked route is for training: call the model without past_key_values"
-                )
+                raise BackboneError("the masked route is for training: call the model without past_key_values")
             kwargs["use_cache"] = False
             return None
         use_cache = kwargs.get("use_cache")
@@ -303,9 +295,7 @@ class Attachment:
 
 
 @contextmanager
-def attach(
-    model: nn.Module, compressor: Compressor, estimator: Estimator | None = None
-) -> Iterator[Attachment]:
+def attach(model: nn.Module, compressor: Compressor, estimator: Estimator | None = None) -> Iterator[Attachment]:
     """Compress what `model` reads, inside the context.
 
     Forward and `generate` (greedy, sampling, beams) work as they do without; the logits of a compressed prompt have
@@ -323,9 +313,7 @@ def attach(
     adapter = adapter_for(model)
     width = getattr(compressor, "hidden_size", adapter.hidden_size)
     if width != adapter.hidden_size:
-        raise BackboneError(
-            f"{compressor.name} is for hidden size {width}, the model has {adapter.hidden_size}"
-        )
+        raise BackboneError(f"{compressor.name} is for hidden size {width}, the model has {adapter.hidden_size}")
     if adapter.decoder in _attached:
         raise BackboneError("a compressor is attached to this model already: leave that context first")
     with ExitStack() as hooks:

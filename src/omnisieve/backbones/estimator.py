@@ -25,6 +25,4 @@ class Estimator:
         if self.route not in ("hard_drop", "masked"):
             raise BackboneError(f"estimator route is {self.route!r}; choose 'hard_drop' or 'masked'")
         if not 0 < self.candidates <= 1:
-            raise BackboneError(
-                f"estimator candidates is {self.candidates}; it is a share and must lie in (0, 1]"
-            )
+            raise BackboneError(f"estimator candidates is {self.candidates}; it is a share and must lie in (0, 1]")

@@ -68,9 +68,9 @@ class GatedAttentionSwitch:
     The switch stays on after a forward, because gradient checkpointing runs layers again in the backward pass.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
-        self._config: Any = decoder.config
-        self._own: str = self._config._attn_implementation
+    def __init__(self, decoder: Any) -> None:
+        self._config = decoder.config
+        self._own: str = decoder.config._attn_implementation
 
     def set(self, gated: bool) -> None:
         """Choose for the forwards to come."""
@@ -80,7 +80,7 @@ class GatedAttentionSwitch:
 
 
 @contextmanager
-def gated_attention_switch(decoder: nn.Module) -> Iterator[GatedAttentionSwitch]:
+def gated_attention_switch(decoder: Any) -> Iterator[GatedAttentionSwitch]:
     """A switch that is off again when the context ends, also by an exception."""
     switch = GatedAttentionSwitch(decoder)
     try:

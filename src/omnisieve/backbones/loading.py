@@ -42,13 +42,9 @@ def load_backbone(
         )
     model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     if model_type not in MODEL_TYPES:
-        raise BackboneError(
-            f"{config_file} describes a {model_type!r}; supported are {', '.join(MODEL_TYPES)}"
-        )
+        raise BackboneError(f"{config_file} describes a {model_type!r}; supported are {', '.join(MODEL_TYPES)}")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-        str(path), local_files_only=True, **options
-    )
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(str(path), local_files_only=True, **options)
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)

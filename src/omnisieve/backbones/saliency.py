@@ -51,8 +51,8 @@ def attention_received(query: Tensor, key: Tensor, lengths: Sequence[int], scali
 def _received_by_equal_segments(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """[G, L, H, d] to [G, L]; weights of at most `QUERY_BLOCK` queries exist at a time."""
     keys = key.permute(0, 2, 3, 1).float()
-    blocks = (query.permute(0, 2, 1, 3).float() * scaling).split(QUERY_BLOCK, dim=2)
-    return torch.stack([(q @ keys).softmax(dim=-1).mean(dim=1).sum(dim=1) for q in blocks]).sum(dim=0)
+    blocks = query.permute(0, 2, 1, 3).float().split(QUERY_BLOCK, dim=2)
+    return torch.stack([(q @ keys * scaling).softmax(dim=-1).mean(dim=1).sum(dim=1) for q in blocks]).sum(dim=0)
 
 
 class AudioSaliency(threading.local):
@@ -81,7 +81,8 @@ class AudioSaliency(threading.local):
 
     def _after_tower(self, tower: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         states, segments, self._states, self._segments = self._states, self._segments, None, None
-        assert states is not None and segments is not None  # the tower has just run its last layer
+        assert states is not None, "the tower has just run its last layer"
+        assert segments is not None
         attention = tower.layers[-1].self_attn
         with torch.no_grad():
             # Through the modules, never their weights, which are empty under ZeRO-3.
@@ -100,16 +101,12 @@ class AudioSaliency(threading.local):
 def _pool_pairs(values: Tensor, positions: np.ndarray) -> Tensor:
     """Average neighbouring positions of each item as the tower does; an odd last position is left out."""
     starts = np.cumsum(positions) - positions
-    first = np.concatenate(
-        [start + np.arange(0, n - 1, 2) for start, n in zip(starts, positions, strict=True)]
-    )
+    first = np.concatenate([start + np.arange(0, n - 1, 2) for start, n in zip(starts, positions, strict=True)])
     index = torch.from_numpy(first).to(values.device)
     return (values[index] + values[index + 1]) / 2
 
 
-def install_saliency(
-    audio_tower: nn.Module, needs: Sequence[Need], deliver: Deliver, hooks: ExitStack
-) -> None:
+def install_saliency(audio_tower: nn.Module, needs: Sequence[Need], deliver: Deliver, hooks: ExitStack) -> None:
     """Compute `needs` whenever the encoders run, until `hooks` is closed.
 
     Raises:
@@ -117,8 +114,6 @@ def install_saliency(
     """
     for need in needs:
         if need.modality != Modality.AUDIO:
-            raise ValueError(
-                f"{need.kind} of {need.modality.name.lower()} tokens is not available for this backbone"
-            )
+            raise ValueError(f"{need.kind} of {need.modality.name.lower()} tokens is not available for this backbone")
     if needs:
         AudioSaliency(needs, deliver).install(audio_tower, hooks)

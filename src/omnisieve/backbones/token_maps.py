@@ -47,7 +47,7 @@ def _sample(modality: np.ndarray, positions: np.ndarray) -> TokenMap:
         item=item,
         frame=np.where(media, frame, -1),
         row=np.where(media, np.where(audio, 0, row), -1),
-        column=np.where(media, np.where(audio, 0, column), -1),
+        column=np.where(media, column, -1),  # of audio: its place in the one row
         time=np.where(media, time, -1),
         stream=stream,
     )
