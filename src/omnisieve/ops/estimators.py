@@ -27,10 +27,10 @@ def sample_candidates(dropped: Tensor, counts: Tensor, generator: torch.Generato
     Args:
         dropped: [B, S] bool.
         counts: [B] long, at most the number of dropped tokens.
-        generator: on the device of `dropped`.
+        generator: a CPU one, so that the choice is the same on every device.
 
     Returns:
         [B, S] bool.
     """
-    noise = torch.rand(dropped.shape, device=dropped.device, generator=generator)
+    noise = torch.rand(dropped.shape, generator=generator, device="cpu").to(dropped.device, non_blocking=True)
     return topk_mask(noise, dropped, counts)

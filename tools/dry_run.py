@@ -1,0 +1,109 @@
+"""Run one training step of a recipe on a released model's shapes, without weights, memory or a GPU.
+
+    python tools/dry_run.py --config recipes/omnisift_qwen2_5_omni_7b.yaml --shapes qwen2_5_omni_7b --seconds 60
+
+Everything lives on the `meta` device: shapes and dtypes are real, numbers are not. What passes here fits together:
+token layout, compressor, hooks, stock decoder, answer rows, loss and backward pass. Printed are the sizes it met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnisieve.backbones import Estimator, adapter_for
+from omnisieve.backbones.reference import reference_config
+from omnisieve.compressors import build_compressor
+from omnisieve.config import TrainConfig, read_config
+from omnisieve.data.batch import Batch, Features
+from omnisieve.data.tokens import TokenRules, VideoRun, expand
+from omnisieve.layout import Modality, TokenLayout
+from omnisieve.training.objective import TrainingModule
+
+TEXT_ID, TEXT_TOKENS, ANSWER_TOKENS = 0, 60, 40
+MEL_FRAMES_PER_SECOND = 100
+
+
+def main(argv: list[str]) -> int:
+    """Build, run one step, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a training recipe")
+    parser.add_argument("--shapes", required=True, help="qwen2_5_omni_7b or qwen2_5_omni_3b")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of the clip, with sound, 16:9")
+    args = parser.parse_args(argv)
+    config = read_config(TrainConfig, args.config)
+    torch.set_default_dtype(getattr(torch, config.model.dtype))
+    with torch.device("meta"):
+        backbone = Qwen2_5OmniThinkerForConditionalGeneration(reference_config(args.shapes))
+    torch.set_default_dtype(torch.float32)
+    backbone.eval().requires_grad_(False)
+    width = adapter_for(backbone).hidden_size
+    method = dict(config.compressor)
+    with torch.device("meta"):
+        compressor = build_compressor(method.pop("method"), hidden_size=width, **method)
+    train = config.train
+    module = TrainingModule(
+        backbone,
+        compressor,
+        estimator=Estimator(train.estimator.route, train.estimator.candidates),
+        distill_weight=train.distill_weight,
+        gradient_checkpointing=train.gradient_checkpointing,
+    ).train()
+    batch = clip(adapter_for(backbone).token_rules(), width, config, args.seconds)
+    with module.attached():
+        loss = module(batch)["loss"]
+        loss.backward()
+    for line in summary(backbone, compressor, batch):
+        print(line)
+    return 0
+
+
+def clip(rules: TokenRules, width: int, config: TrainConfig, seconds: float) -> Batch:
+    """`micro_batch_size` equal clips with cached features, as the data side would hand them over."""
+    grids = min(int(seconds * config.data.fps), config.data.max_frames) // rules.temporal_patch_size
+    per_side = config.data.max_pixels / 28**2 / (16 * 9)
+    rows, columns = int(9 * per_side**0.5), int(16 * per_side**0.5)
+    patches = (grids, rows * rules.spatial_merge_size, columns * rules.spatial_merge_size)
+    mel = int(min(seconds, config.data.audio.max_seconds) * MEL_FRAMES_PER_SECOND)
+    run = VideoRun(patches, seconds / grids, rules.audio_tokens(mel))
+    ids = np.array([rules.video_token_id] + [TEXT_ID] * TEXT_TOKENS)
+    labels = np.array([-100] * (1 + TEXT_TOKENS - ANSWER_TOKENS) + [TEXT_ID] * ANSWER_TOKENS)
+    one = expand(ids, [run], rules, labels)
+    size = config.train.micro_batch_size
+    layout = TokenLayout.stack([one.tokens] * size, ids_per_window=rules.ids_per_chunk)
+    dtype = getattr(torch, config.model.dtype)
+
+    def rows_of(modality: Modality) -> torch.Tensor:
+        return torch.empty(int(layout.counts(modality).sum()), width, dtype=dtype)
+
+    return Batch(
+        input_ids=torch.from_numpy(one.input_ids).expand(size, -1),
+        attention_mask=torch.ones(size, len(one.input_ids), dtype=torch.long),
+        labels=torch.from_numpy(one.labels).expand(size, -1),
+        position_ids=torch.from_numpy(one.position_ids)[:, None].expand(-1, size, -1),
+        layout=layout,
+        features=Features(video=rows_of(Modality.VIDEO), audio=rows_of(Modality.AUDIO)),
+        answer_tokens=(ANSWER_TOKENS,) * size,
+    ).to("meta")
+
+
+def summary(backbone: torch.nn.Module, compressor: torch.nn.Module, batch: Batch) -> list[str]:
+    """What the step met."""
+    budget = compressor.budget(batch.layout)
+    untouched = [name for name, p in compressor.named_parameters() if p.grad is None]
+    return [
+        f"frozen parameters      {sum(p.numel() for p in backbone.parameters()):>15,}",
+        f"trainable parameters   {sum(p.numel() for p in compressor.parameters()):>15,}",
+        f"tokens per clip        {batch.layout.length:>15,}",
+        f"  video, kept          {int(batch.layout.counts(Modality.VIDEO)[0]):>15,} {int(budget.video[0]):>9,}",
+        f"  audio, kept          {int(batch.layout.counts(Modality.AUDIO)[0]):>15,} {int(budget.audio[0]):>9,}",
+        f"trainables without a gradient: {', '.join(untouched) or 'none'}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
