@@ -186,5 +186,5 @@ def _compact(stay: Tensor, width: int, padding_side: PaddingSide) -> tuple[Tenso
     if padding_side == "right":
         index = (~stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
     else:
-        index = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
+        index = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, stay.shape[1] - width :]
     return index, stay.gather(1, index)
