@@ -18,12 +18,12 @@ class FullSettings(Settings):
     retained_ratio: float | None = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("retained_ratio", "video_ratio", "audio_ratio"):
             if getattr(self, name) not in (None, 1.0):
                 raise UnreachableRatioError(
                     f"full: {name} is {getattr(self, name)}; full keeps every token, reachable is 1 only"
                 )
+        super().__post_init__()
 
 
 @register("full")
