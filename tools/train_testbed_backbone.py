@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,15 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+from omnisieve.data.synthetic import draw_questions, make_clip
 from testbed_backbone.features import batched_segments, encoder_inputs, tower_features
 from testbed_backbone.language import Heads, Phase, evaluate, train_language_model
 from testbed_backbone.model import build_model, build_processor, build_tokenizer, concept_vectors, embed_words
 from testbed_backbone.packing import Packer, Record, draw_tokens, make_record
 from testbed_backbone.targets import concept_names, dense_picture, dense_sound
 from testbed_backbone.towers import dense_example, tower_accuracy, train_towers
-from tqdm import tqdm
-
-from omnisieve.data.synthetic import draw_questions, make_clip
 
 LAYERS = 8
 HEAD_DEPTHS = (3, 5)
@@ -99,7 +101,7 @@ def train_backbone(recipe: Recipe, out: Path, workers: int) -> None:
             file.flush()
             print(entry, flush=True)
 
-        log(stage="recipe", **asdict(recipe))
+        log(stage="recipe", hardware=f"{os.cpu_count()} CPU cores ({platform.machine()})", **asdict(recipe))
         tokenizer = build_tokenizer()
         concepts = concept_vectors(concept_names(), recipe.seed)
         model = build_model(tokenizer, LAYERS, recipe.seed)
@@ -127,7 +129,9 @@ def fit_towers(model: Any, concepts: dict[str, Any], recipe: Recipe, workers: in
     jobs = [(d, i) for d, n in zip("ab", recipe.dense_clips, strict=True) for i in range(n)]
     held_out = [(d, 100_000 + i) for d in "ab" for i in range(12)]
     with ProcessPoolExecutor(workers) as pool:
-        inputs = list(tqdm(pool.map(_dense_inputs, jobs + held_out, chunksize=8), total=len(jobs) + 24, desc="dense clips"))
+        inputs = list(
+            tqdm(pool.map(_dense_inputs, jobs + held_out, chunksize=8), total=len(jobs) + 24, desc="dense clips")
+        )
     data = [
         dense_example(d, i, concepts, (torch.from_numpy(x), torch.from_numpy(y)))
         for (d, i), (x, y) in zip(jobs + held_out, inputs, strict=True)

@@ -86,7 +86,8 @@ def test_sounds_do_not_overlap_and_timbres_on_screen_are_unique_in_their_second(
         spans = [(e.token, e.length) for e in clip.events] + [(b.token, b.length) for b in clip.beeps]
         spans += [(c.token, 2) for c in clip.calls] + [(c.token, 1) for c in clip.chirps]
         tokens = [t for token, length in spans for t in range(token, token + length)]
-        assert len(tokens) == len(set(tokens)) and max(tokens) < 299
+        assert len(tokens) == len(set(tokens))
+        assert max(tokens) < 299
         on_screen = {e.second: e.shape for e in clip.events}
         assert all(e.token // 25 == e.second for e in clip.events)
         assert all(on_screen.get(b.token // 25) != b.timbre for b in clip.beeps)
@@ -99,7 +100,8 @@ def test_questions_have_one_answer_and_none_follows_from_the_others() -> None:
             answers.setdefault(question.text, set()).add(question.answer)
         assert all(len(given) == 1 for given in answers.values())
         drawn = draw_questions(clip)
-        assert len(drawn) == 16 and set(drawn) <= set(all_questions(clip))
+        assert len(drawn) == 16
+        assert set(drawn) <= set(all_questions(clip))
         for group in range(6):
             edges = [tuple(q.family.split("_of_")) for q in drawn if q.group == group]
             nodes = {node for edge in edges for node in edge}
@@ -133,7 +135,7 @@ def test_a_file_decodes_to_what_was_drawn(tmp_path: Path) -> None:
     drawn, played = draw_frames(clip), make_waveform(clip)
     assert frames.shape == drawn.shape == (24, 168, 168, 3)
     assert np.abs(frames.astype(float) - drawn).mean() < 10
-    assert blocks[0].pts == 0 and blocks[0].sample_rate == SAMPLE_RATE
+    assert (blocks[0].pts, blocks[0].sample_rate) == (0, SAMPLE_RATE)
     assert wave.shape == played.shape == (187 * 1024,)
     assert np.corrcoef(wave, played)[0, 1] > 0.98
 

@@ -50,11 +50,19 @@ def decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 def _extractors() -> tuple[Qwen2VLVideoProcessor, WhisperFeatureExtractor]:
     """Return the stock extractors; frames from 56 x 56 pixels up are not enlarged."""
     size = {"shortest_edge": 56 * 56, "longest_edge": 768 * 28 * 28}
-    return Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False), WhisperFeatureExtractor(feature_size=128)
+    video = Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False)
+    return video, WhisperFeatureExtractor(feature_size=128)
 
 
 def encoder_inputs(picture: Clip, sound: Clip) -> tuple[Tensor, Tensor]:
-    """Write and decode the picture of one clip with the sound of one (usually the same); return patches float16 [1728, 1176] and log-mel float16 [128, 1197]."""
+    """Write and decode the picture of one clip with the sound of one (usually the same).
+
+    Returns:
+        Patches float16 [1728, 1176] and log-mel float16 [128, 1197].
+
+    Raises:
+        RuntimeError: the file did not decode to 12 grids of 12 x 12 patches.
+    """
     with TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_mp4(path, draw_frames(picture), make_waveform(sound))

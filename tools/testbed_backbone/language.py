@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omnisieve.data.synthetic.questions import VOCABULARY
+from omnisieve.data.synthetic.questions import AUDITORY, CROSS, VISUAL, VOCABULARY
 from omnisieve.data.synthetic.world import NUMBERS
 from testbed_backbone.model import HIDDEN
-from testbed_backbone.packing import FAMILIES, MEDIA, NONE, SECOND, Batch, Packer, Record, draw_tokens, sample_questions
+from testbed_backbone.packing import (
+    FAMILIES,
+    MEDIA,
+    NONE,
+    SECOND,
+    Batch,
+    Packer,
+    Record,
+    draw_tokens,
+    sample_questions,
+)
+
+KINDS = {"visual": VISUAL, "cross": CROSS, "auditory": AUDITORY}
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,12 @@ class Phase:
     """Learning rate at the end, as a share of `lr` (cosine)."""
     auxiliary: float = 0.5
     conversations: float = 0.15
+    """Share of steps in which the questions are the turns of one conversation."""
+
+    def factor(self, step: int) -> float:
+        """Return the learning rate after `step` steps as a share of `lr`."""
+        cosine = 0.5 + 0.5 * np.cos(np.pi * step / self.steps)
+        return float(min(1.0, (step + 1) / self.warm_up) * (self.final_lr + (1 - self.final_lr) * cosine))
 
 
 class Heads(nn.Module):
@@ -47,7 +64,9 @@ class Heads(nn.Module):
         super().__init__()
         self.media_norm, self.word_norm = nn.RMSNorm(HIDDEN), nn.RMSNorm(HIDDEN)
         self.second = nn.Linear(HIDDEN, len(NUMBERS))
-        self.media_heads = nn.ModuleDict({name: nn.Linear(HIDDEN, len(words) + 1) for name, words in VOCABULARY.items()})
+        self.media_heads = nn.ModuleDict(
+            {name: nn.Linear(HIDDEN, len(words) + 1) for name, words in VOCABULARY.items()}
+        )
         self.word_heads = nn.ModuleDict({name: nn.Linear(HIDDEN, len(words)) for name, words in VOCABULARY.items()})
         with torch.no_grad():
             self.second.weight.copy_(torch.stack([concepts[name] for name in NUMBERS]) / HIDDEN**0.5)
@@ -111,6 +130,56 @@ def answer_logits(model: Any, states: Tensor, batch: Batch) -> Tensor:
     return model.lm_head(states[batch.rows[:, 0], batch.rows[:, 1]])
 
 
+def draw_batch(
+    records: list[Record], packer: Packer, phase: Phase, rng: np.random.Generator
+) -> tuple[list[Record], Batch]:
+    """Return the clips of one step and the batch of their kept tokens and questions."""
+    chosen = [records[i] for i in rng.integers(len(records), size=phase.batch)]
+    ratio = np.exp(rng.uniform(*np.log(phase.ratio)))
+    keep = draw_tokens(chosen, max(24, round(ratio * MEDIA)), rng)
+    conversation = bool(rng.random() < phase.conversations)
+    offsets = np.where(rng.random(phase.batch) < 0.3, rng.integers(0, 300, phase.batch), 0)
+    questions = [sample_questions(r.questions, phase.questions, rng) for r in chosen]
+    return chosen, packer.pack(keep, questions, conversation, offsets)
+
+
+def kept_features(records: list[Record], batch: Batch) -> Tensor:
+    """Return the kept media features [B, K, D] of a batch."""
+    return torch.stack([r.features[k] for r, k in zip(records, batch.keep, strict=True)]).float()
+
+
+def step_losses(
+    model: Any, heads: Heads, records: list[Record], batch: Batch, early: dict[int, Tensor]
+) -> dict[str, Tensor]:
+    """Return losses (`answer`, `end`, `second`, `media`, `words`) and accuracies of one forward pass.
+
+    Args:
+        model: the thinker.
+        heads: the dense heads.
+        records: the clips of the batch.
+        batch: the packed batch.
+        early: filled by hooks during the forward: layer -> states [B, S, D]; the first layer is read at media tokens,
+            the last at the words that questions ask from.
+    """
+    states = run_decoder(model, kept_features(records, batch), batch)
+    logits = answer_logits(model, states, batch)
+    answer = batch.families >= 0
+    first, kept = len(batch.head), batch.keep.shape[1]
+    media = early[min(early)][:, first : first + kept].flatten(0, 1)
+    labels = torch.stack([torch.from_numpy(r.labels)[k] for r, k in zip(records, batch.keep, strict=True)])
+    words = early[max(early)][batch.keys[:, 0], batch.keys[:, 1]]
+    asked = np.stack([records[i].attributes[group] for i, group in batch.groups.tolist()])
+    hits = (logits.argmax(-1) == batch.labels)[answer].float()
+    families = batch.families[answer].tolist()
+    return {
+        "answer": F.cross_entropy(logits[answer], batch.labels[answer]),
+        "end": F.cross_entropy(logits[~answer], batch.labels[~answer]),
+        **heads.media(media, torch.from_numpy(SECOND)[batch.keep].flatten(), labels.flatten(0, 1)),
+        **heads.attributes(words, torch.from_numpy(asked)),
+        **{kind: hits[[FAMILIES[f] in names for f in families]].mean() for kind, names in KINDS.items()},
+    }
+
+
 def train_language_model(
     model: Any,
     heads: Heads,
@@ -124,16 +193,12 @@ def train_language_model(
     """Train decoder, embeddings and `lm_head` for one phase; `depths` says after which layers the heads read."""
     decoder = model.model.language_model
     parameters = [*decoder.parameters(), *model.lm_head.parameters(), *heads.parameters()]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.98))
-
-    def factor(step: int) -> float:
-        cosine = 0.5 + 0.5 * np.cos(np.pi * step / phase.steps)
-        return min(1.0, (step + 1) / phase.warm_up) * (phase.final_lr + (1 - phase.final_lr) * cosine)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.factor)
     rng = np.random.default_rng(seed)
     early: dict[int, Tensor] = {}
     hooks = [
@@ -141,73 +206,24 @@ def train_language_model(
         for depth in depths
     ]
     window: dict[str, list[float]] = {}
-    second = torch.from_numpy(SECOND)
     model.train()
-    start = time.time()
-    for step in range(phase.steps):
-        chosen = [records[i] for i in rng.integers(len(records), size=phase.batch)]
-        ratio = np.exp(rng.uniform(*np.log(phase.ratio)))
-        keep = draw_tokens(chosen, max(24, round(ratio * MEDIA)), rng)
-        conversation = rng.random() < phase.conversations
-        offsets = np.where(rng.random(phase.batch) < 0.3, rng.integers(0, 300, phase.batch), 0)
-        questions = [sample_questions(r.questions, phase.questions, rng) for r in chosen]
-        batch = packer.pack(keep, questions, conversation, offsets)
-        features = torch.stack([r.features[k] for r, k in zip(chosen, batch.keep, strict=True)]).float()
-        states = run_decoder(model, features, batch)
-        logits = answer_logits(model, states, batch)
-        answer = batch.families >= 0
-        losses = {
-            "answer": F.cross_entropy(logits[answer], batch.labels[answer]),
-            "end": F.cross_entropy(logits[~answer], batch.labels[~answer]),
-        }
-        first = len(packer.head)
-        labels = torch.stack([torch.from_numpy(r.labels)[k] for r, k in zip(chosen, batch.keep, strict=True)])
-        media = early[depths[0]][:, first : first + keep.shape[1]].flatten(0, 1)
-        dense = heads.media(media, second[batch.keep].flatten(), labels.flatten(0, 1))
-        asked = np.stack([chosen[i].attributes[group] for i, group in batch.groups.tolist()])
-        words = early[depths[1]][batch.keys[:, 0], batch.keys[:, 1]]
-        dense |= heads.attributes(words, torch.from_numpy(asked))
-        loss = losses["answer"] + 0.1 * losses["end"] + phase.auxiliary * (dense["second"] + dense["media"] / 3 + dense["words"] / 3)
+    for step in range(1, phase.steps + 1):
+        chosen, batch = draw_batch(records, packer, phase, rng)
+        values = step_losses(model, heads, chosen, batch, early)
+        dense = values["second"] + (values["media"] + values["words"]) / 3
+        loss = values["answer"] + 0.1 * values["end"] + phase.auxiliary * dense
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        hits = (logits.argmax(-1) == batch.labels)[answer]
-        for kind, names in KINDS.items():
-            inside = torch.tensor([FAMILIES[f] in names for f in batch.families[answer].tolist()])
-            window.setdefault(kind, []).append(hits[inside].float().mean().item())
-        for name, value in {**losses, **dense}.items():
+        for name, value in values.items():
             window.setdefault(name, []).append(value.item())
-        if (step + 1) % 25 == 0 or step == phase.steps - 1:
-            mean = {name: round(float(np.nanmean(values)), 3) for name, values in window.items()}
-            log(stage="language", step=step + 1, seconds=round(time.time() - start, 1), **mean)
+        if step % 25 == 0 or step == phase.steps:
+            log(stage="language", step=step, **{n: round(float(np.nanmean(v)), 3) for n, v in window.items()})
             window.clear()
     for hook in hooks:
         hook.remove()
-
-
-def _kinds() -> dict[str, tuple[str, ...]]:
-    from omnisieve.data.synthetic.questions import AUDITORY, CROSS, VISUAL
-
-    return {"visual": VISUAL, "cross": CROSS, "auditory": AUDITORY}
-
-
-KINDS = _kinds()
-
-
-def grow(small: Any, large: Any) -> None:
-    """Copy a model of L layers into one of 2 L: layer i becomes 2 i, those between start as the identity."""
-    for name in ("visual", "audio_tower"):
-        getattr(large.model, name).load_state_dict(getattr(small.model, name).state_dict())
-    large.lm_head.load_state_dict(small.lm_head.state_dict())
-    source, target = small.model.language_model, large.model.language_model
-    target.embed_tokens.load_state_dict(source.embed_tokens.state_dict())
-    target.norm.load_state_dict(source.norm.state_dict())
-    for i, layer in enumerate(source.layers):
-        target.layers[2 * i].load_state_dict(layer.state_dict())
-        for projection in (target.layers[2 * i + 1].self_attn.o_proj, target.layers[2 * i + 1].mlp.down_proj):
-            nn.init.zeros_(projection.weight)
 
 
 @torch.no_grad()
@@ -236,8 +252,7 @@ def evaluate(
         part = records[i : i + chunk]
         keep = np.stack([np.arange(MEDIA)] * len(part) if keeps is None else keeps[i : i + chunk])
         batch = packer.pack(keep, [r.questions for r in part], conversation)
-        features = torch.stack([r.features[k] for r, k in zip(part, batch.keep, strict=True)]).float()
-        logits = answer_logits(model, run_decoder(model, features, batch), batch)
+        logits = answer_logits(model, run_decoder(model, kept_features(part, batch), batch), batch)
         right = logits.argmax(-1) == batch.labels
         for row in range(0, len(right), 2):
             hits[FAMILIES[int(batch.families[row])]].append(bool(right[row] and right[row + 1]))

@@ -147,7 +147,9 @@ def build_config(tokenizer: PreTrainedTokenizerFast, layers: int) -> Qwen2_5Omni
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, layers: int, seed: int) -> Qwen2_5OmniThinkerForConditionalGeneration:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, layers: int, seed: int
+) -> Qwen2_5OmniThinkerForConditionalGeneration:
     """Return a model with random weights of standard deviation fan_in^-1/2 (the library's 0.02 stays on a plateau)."""
     torch.manual_seed(seed)
     model = Qwen2_5OmniThinkerForConditionalGeneration(build_config(tokenizer, layers)).float()

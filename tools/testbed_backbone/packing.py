@@ -21,13 +21,13 @@ from testbed_backbone.features import AUDIO_TOKENS, GRID_THW, MEL_FRAMES, VIDEO_
 
 FAMILIES = tuple(WORDINGS)
 MEDIA = VIDEO_TOKENS + AUDIO_TOKENS
-_ORDER = media_order().numpy()
-_PLACE = np.argsort(_ORDER)
-IS_AUDIO = _ORDER >= VIDEO_TOKENS
+ORDER = media_order().numpy()
+_PLACE = np.argsort(ORDER)
+IS_AUDIO = ORDER >= VIDEO_TOKENS
 NONE = 99
 """Label of a media token that belongs to no event or call."""
 TONE = list(VOCABULARY).index("tone")
-SECOND = np.where(IS_AUDIO, (_ORDER - VIDEO_TOKENS) // 25, _ORDER // CELLS**2)
+SECOND = np.where(IS_AUDIO, (ORDER - VIDEO_TOKENS) // 25, ORDER // CELLS**2)
 """Second [731] of each media token, in sequence order."""
 
 
@@ -65,7 +65,7 @@ def make_record(clip: Clip, video: Tensor, audio: Tensor, questions: list[Questi
     for tokens, values in zip(evidence, known, strict=True):
         labels[tokens] = np.where(values < 0, NONE, values)
         labels[[t for t in tokens if not IS_AUDIO[t]], TONE] = -1
-    features = torch.cat([video, audio])[_ORDER].half()
+    features = torch.cat([video, audio])[ORDER].half()
     return Record(features, labels, evidence, known, all_questions(clip) if questions is None else questions)
 
 
@@ -138,7 +138,9 @@ class Packer:
         offsets: np.ndarray | None = None,
     ) -> Batch:
         """Return a batch of kept tokens [B, K] and each clip's questions; `offsets` [B] shifts their positions."""
-        texts = [self._text(q, conversation, 0 if offsets is None else int(offsets[i])) for i, q in enumerate(questions)]
+        texts = [
+            self._text(q, conversation, 0 if offsets is None else int(offsets[i])) for i, q in enumerate(questions)
+        ]
         longest = max(len(t[0]) for t in texts)
         batch, kept = keep.shape
         start = len(self.head) + kept

@@ -63,7 +63,10 @@ def video_targets(clip: Clip, concepts: dict[str, Tensor]) -> tuple[Tensor, dict
     for e in clip.events:
         i = (e.second * CELLS + e.row) * CELLS + e.column
         target[i] = _mix(
-            (concepts[COLOURS[e.colour]], 1.0), (concepts[SHAPES[e.shape]], 1.0), (concepts["object"], 0.4), (concepts["empty"], 0.03)
+            (concepts[COLOURS[e.colour]], 1.0),
+            (concepts[SHAPES[e.shape]], 1.0),
+            (concepts["object"], 0.4),
+            (concepts["empty"], 0.03),
         )
         labels["cell"][i], labels["colour"][i], labels["shape"][i] = 1, e.colour, e.shape
     return target, labels
@@ -79,11 +82,18 @@ def audio_targets(clip: Clip, concepts: dict[str, Tensor]) -> tuple[Tensor, dict
     for token, length, tone, timbre in sounds:
         span = slice(token, token + length)
         shape = (concepts[SHAPES[timbre]], 0.7)
-        target[span] = _mix((concepts[TONES[tone]], 1.0), shape, (concepts[TIMBRES[timbre]], 0.7), (concepts["beep"], 0.5))
+        target[span] = _mix(
+            (concepts[TONES[tone]], 1.0), shape, (concepts[TIMBRES[timbre]], 0.7), (concepts["beep"], 0.5)
+        )
         labels["sound"][span], labels["tone"][span], labels["timbre"][span] = 1, tone, timbre
     for c in clip.calls:
         span = slice(c.token, c.token + 2)
-        target[span] = _mix((concepts[CALLS[c.kind]], 1.0), (concepts[REGISTERS[c.register]], 1.0), (concepts["call sound"], 0.3), (concepts["beep"], 0.8))
+        target[span] = _mix(
+            (concepts[CALLS[c.kind]], 1.0),
+            (concepts[REGISTERS[c.register]], 1.0),
+            (concepts["call sound"], 0.3),
+            (concepts["beep"], 0.8),
+        )
         labels["sound"][span], labels["call"][span], labels["register"][span] = 2, c.kind, c.register
     for chirp in clip.chirps:
         target[chirp.token] = concepts[f"chirp{chirp.band}"]

@@ -42,7 +42,12 @@ def head_logits(features: Tensor, head: str, concepts: dict[str, Tensor]) -> Ten
 
 
 def train_towers(
-    model: Any, data: list[dict[str, Any]], concepts: dict[str, Tensor], steps: int, batch: int, log: Callable[..., None]
+    model: Any,
+    data: list[dict[str, Any]],
+    concepts: dict[str, Tensor],
+    steps: int,
+    batch: int,
+    log: Callable[..., None],
 ) -> None:
     """Train both towers on dense clips (patches, mel, targets and labels of each in `data`)."""
     parameters = [*model.model.visual.parameters(), *model.model.audio_tower.parameters()]
@@ -71,7 +76,9 @@ def train_towers(
                 log(stage="towers", step=step, **{k: round(v.item(), 4) for k, v in losses.items()})
 
 
-def dense_example(domain: str, index: int, concepts: dict[str, Tensor], inputs: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def dense_example(
+    domain: str, index: int, concepts: dict[str, Tensor], inputs: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
     """Return one training example of the towers from a dense clip's encoder inputs."""
     return {
         "patches": inputs[0],

@@ -36,7 +36,9 @@ def write_mp4(path: Path, frames: np.ndarray, waveform: np.ndarray) -> None:
             container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(video.encode(None))
         for start in range(0, len(waveform), _AUDIO_BLOCK):
-            block = av.AudioFrame.from_ndarray(waveform[None, start : start + _AUDIO_BLOCK], format="fltp", layout="mono")
+            block = av.AudioFrame.from_ndarray(
+                waveform[None, start : start + _AUDIO_BLOCK], format="fltp", layout="mono"
+            )
             block.sample_rate, block.pts, block.time_base = SAMPLE_RATE, start, Fraction(1, SAMPLE_RATE)
             container.mux(audio.encode(block))
         container.mux(audio.encode(None))

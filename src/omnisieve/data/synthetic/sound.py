@@ -71,7 +71,14 @@ def _beep(length: int, tone: int, timbre: int, slope: float, rng: np.random.Gene
 def _call(kind: int, register: int) -> np.ndarray:
     """Return a sweep of 80 ms: up, down, up and down, trill, buzz (dense harmonics), croak (pulses)."""
     x = np.linspace(0, 1, 2 * TOKEN, endpoint=False)
-    bend = (20 * x, 20 - 20 * x, 20 - 40 * abs(x - 0.5), 10 + 10 * np.sign(np.sin(8 * np.pi * x)), 10 + 0 * x, 10 + 0 * x)
+    bend = (
+        20 * x,
+        20 - 20 * x,
+        20 - 40 * abs(x - 0.5),
+        10 + 10 * np.sign(np.sin(8 * np.pi * x)),
+        10 + 0 * x,
+        10 + 0 * x,
+    )
     phase = 2 * np.pi * np.cumsum(mel_to_hz(REGISTER_MEL[register] + bend[kind])) / SAMPLE_RATE
     if kind == 4:
         wave = sum(np.sin(phase * (1 + 0.16 * k)) for k in range(5)) / np.sqrt(5)

@@ -56,8 +56,32 @@ class Domain:
 
 
 DOMAINS = {
-    "a": Domain("a", 11, ("stripes", "bars", "checks", "dots", "noise", "waves"), 0.28, (50, 110), (5, 8), (3, 5), 1.25, 0.2, 1.0, 0.012),
-    "b": Domain("b", 12, ("diagonals", "bricks", "noise", "rings", "ramps", "waves"), 0.36, (90, 150), (6, 9), (2, 4), 1.5, 0.35, 0.7, 0.02),
+    "a": Domain(
+        name="a",
+        seed=11,
+        textures=("stripes", "bars", "checks", "dots", "noise", "waves"),
+        clutter=0.28,
+        background=(50, 110),
+        off_screen_beeps=(5, 8),
+        chirps=(3, 5),
+        chirp_loudness=1.25,
+        two_token_beeps=0.2,
+        timbre_slope=1.0,
+        hum=0.012,
+    ),
+    "b": Domain(
+        name="b",
+        seed=12,
+        textures=("diagonals", "bricks", "noise", "rings", "ramps", "waves"),
+        clutter=0.36,
+        background=(90, 150),
+        off_screen_beeps=(6, 9),
+        chirps=(2, 4),
+        chirp_loudness=1.5,
+        two_token_beeps=0.35,
+        timbre_slope=0.7,
+        hum=0.02,
+    ),
 }
 
 
@@ -198,7 +222,12 @@ def _draw_sounds(
         others = [s for s in range(len(SHAPES)) if s != on_screen]
         for k in range(n_event, n_event + n_beep):
             beeps.append(
-                Beep(int(starts[k]), int(lengths[k]), int(rng.integers(len(TONES))), int(others[rng.integers(len(others))]))
+                Beep(
+                    int(starts[k]),
+                    int(lengths[k]),
+                    int(rng.integers(len(TONES))),
+                    int(others[rng.integers(len(others))]),
+                )
             )
         if n_call:
             i = len(calls)
