@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from omnisieve.layout import TokenLayout, TokenMap
@@ -39,6 +40,20 @@ class Features:
     audio: Tensor | None = None
     image: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def join(parts: Sequence[Features]) -> Features | None:
+        """The rows of several in one, in order; None of none."""
+        if not parts:
+            return None
+        names = sorted({name for part in parts for name in part.extra})
+        extra = {name: _concatenate([part.extra.get(name) for part in parts]) for name in names}
+        return Features(
+            video=_concatenate([part.video for part in parts]),
+            audio=_concatenate([part.audio for part in parts]),
+            image=_concatenate([part.image for part in parts]),
+            extra={name: values for name, values in extra.items() if values is not None},
+        )
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Features:
         return _map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
@@ -141,6 +156,11 @@ class Batch:
             "feature_attention_mask",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def _concatenate(values: Sequence[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    return torch.cat(present) if present else None
 
 
 def _map_tensors(record: Any, function: Any) -> Any:

@@ -108,16 +108,4 @@ def _join_features(samples: Sequence[Sample]) -> Features | None:
     if len(cached) < len(with_media):
         missing = [s.id for s in with_media if s.features is None]
         raise ValueError(f"samples {missing} have no cached features while others of the batch have")
-
-    def join(parts: list[Tensor | None]) -> Tensor | None:
-        present = [part for part in parts if part is not None]
-        return torch.cat(present) if present else None
-
-    names = {name for features in cached for name in features.extra}
-    extra = {name: join([features.extra.get(name) for features in cached]) for name in sorted(names)}
-    return Features(
-        video=join([features.video for features in cached]),
-        audio=join([features.audio for features in cached]),
-        image=join([features.image for features in cached]),
-        extra={name: values for name, values in extra.items() if values is not None},
-    )
+    return Features.join(cached)

@@ -29,7 +29,7 @@ import datasets
 KINDS = ("video", "audio", "image")
 ROLES = ("system", "user", "assistant")
 _TAG = re.compile(r"<(video|audio|image)>")
-_SAMPLING = {"fps": float, "max_frames": int}
+_SAMPLING: dict[str, Any] = {"fps": (int, float), "max_frames": (int,)}
 
 
 class ManifestError(ValueError):
@@ -62,11 +62,16 @@ class Conversation:
     media: tuple[MediaPart, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def alone(part: MediaPart) -> Conversation:
+        """Nothing but one medium, for encoding it by itself."""
+        return Conversation(str(part.path), ({"role": "user", "content": [{"type": part.kind}]},), (part,))
+
     def questions(self) -> Iterator[Conversation]:
         """Each question on its own: the media and system turns, one user turn, and nothing before it.
 
-        The question's text and answer, its turn's number and its message's other keys join `meta` (`question`, `answer`,
-        `turn`). Media parts of earlier turns move to the front of the question.
+        The question's text and answer, its turn's number and its message's other keys join `meta` (`question`,
+        `answer`, `turn`). Media parts of earlier turns move to the front of the question.
         """
         system = [m for m in self.messages if m["role"] == "system"]
         seen: list[Mapping[str, Any]] = []
@@ -146,7 +151,7 @@ def _parse(text: str, path: Path, line: int) -> Conversation:
         near = difflib.get_close_matches("messages", list(row), 1)
         hint = f"; is {near[0]!r} meant?" if near else ""
         if "conversations" in row:
-            hint = "; this looks like ShareGPT form, convert it with tools/convert_manifest.py"
+            hint = "; this is ShareGPT form: rename it to 'messages', and from/value to role/content"
         raise wrong("messages", f"missing, the line has {sorted(row)}{hint}")
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "a non-empty list is needed")
@@ -188,10 +193,10 @@ def _message(
             content = message["content"]
     elif isinstance(content, list):
         content = [_part(part, f"{key}.content[{i}]", media, folder, wrong) for i, part in enumerate(content)]
-        if message["role"] == "assistant" and any(part["type"] != "text" for part in content):
-            raise wrong(f"{key}.content", "an answer holds text only")
     elif not isinstance(content, str):
         raise wrong(f"{key}.content", "a string or a list of parts is needed")
+    if message["role"] != "user" and any(part["type"] != "text" for part in _parts(content)):
+        raise wrong(f"{key}.content", f"media belong to user messages, this one is {message['role']!r}")
     return {**message, "content": content}
 
 
@@ -209,12 +214,12 @@ def _part(part: Any, key: str, media: list[MediaPart], folder: Path, wrong: Any)
     if unknown:
         raise wrong(
             f"{key}.{min(unknown)}",
-            f"unknown; a {kind} part has type, {kind}" + (", fps, max_frames" * (kind == "video")),
+            f"unknown; the keys of {kind} parts are type, {kind}" + (", fps, max_frames" * (kind == "video")),
         )
-    for name, number in _SAMPLING.items():
+    for name, types in _SAMPLING.items():
         value = part.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | number) or value <= 0):
-            raise wrong(f"{key}.{name}", f"a positive {'number' if number is float else 'integer'} is needed")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types) or value <= 0):
+            raise wrong(f"{key}.{name}", f"a positive {'number' if float in types else 'integer'} is needed")
     media.append(MediaPart(kind, folder / part[kind], part.get("fps"), part.get("max_frames")))
     return {"type": kind}
 

@@ -225,8 +225,10 @@ def _interleave(video: _Piece, audio: _Piece, rules: TokenRules) -> _Piece:
 def _chunks(time: np.ndarray, ids_per_chunk: int) -> np.ndarray:
     """Chunk of each token, [n], from its temporal id.
 
-    The stock rule goes at most one chunk further per token, so a frame after a gap of several chunks is spread
-    over them: the chunk is the least fixed point of c[i] = min(time[i] // ids, c[i - 1] + 1).
+    The stock rule goes at most one chunk further per token, c[i] = min(time[i] // ids, c[i - 1] + 1), so a frame
+    after a gap of several chunks is spread over them. The stock processor compares times in double precision and
+    the stock model in single precision; where they contradict each other (a grid within 1e-6 of a chunk's edge,
+    e.g. the 39th at 2.6 frames per second) this follows the model.
     """
     index = np.arange(len(time))
     return np.minimum.accumulate(time // ids_per_chunk - index) + index

@@ -1,0 +1,191 @@
+"""Manifest lines to samples: decode, preprocess, tokenize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from omnisieve.data.batch import Features, Patches, Sample
+from omnisieve.data.feature_cache import FeatureCache
+from omnisieve.data.manifest import Conversation, MediaPart
+from omnisieve.data.media import MediaError, MediaReader, read_image
+from omnisieve.data.preprocess import Preprocessor
+from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun, expand
+
+_ATTEMPTS = 16
+
+
+@dataclass(frozen=True)
+class LoadedMedium:
+    """One medium, ready for a sample: its size in tokens and its encoder inputs, or its cached encoder outputs."""
+
+    run: Run
+    patches: Patches | None = None
+    mel: Tensor | None = None
+    features: Features | None = None
+
+
+class MediaLoader:
+    """Reads the media of conversations and builds samples of them.
+
+    The two steps are apart so that the questions of one clip share one decoding.
+    """
+
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        *,
+        fps: float = 2.0,
+        max_frames: int | None = None,
+        audio_seconds: float | None = 300.0,
+        decode_seconds: float = 60.0,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        """
+        Args:
+            preprocessor: frames and waveforms to encoder inputs.
+            fps, max_frames: sampling of videos whose manifest line says nothing else.
+            audio_seconds: longer sound is cut; None: never.
+            decode_seconds: wall-clock limit for one file.
+            cache: take encoder outputs from here; nothing is decoded then.
+        """
+        self.preprocessor = preprocessor
+        self.fps, self.max_frames, self.audio_seconds = fps, max_frames, audio_seconds
+        self.reader = MediaReader(decode_seconds=decode_seconds)
+        self.cache = cache
+
+    def preprocessing(self, weights: str) -> dict[str, Any]:
+        """What decides the encoders' outputs, for a feature cache; `weights` identifies the encoders' weights."""
+        return {
+            "fps": self.fps,
+            "max_frames": self.max_frames,
+            "audio_seconds": self.audio_seconds,
+            "rules": asdict(self.preprocessor.rules),
+            "weights": weights,
+            **self.preprocessor.fingerprint(),
+        }
+
+    def load(self, conversation: Conversation) -> tuple[LoadedMedium, ...]:
+        """The media of a conversation, in order.
+
+        Raises:
+            MediaError: a file cannot be used. FeatureCacheError: a file is not in the cache.
+        """
+        return tuple(self.load_part(part) for part in conversation.media)
+
+    def load_part(self, part: MediaPart) -> LoadedMedium:
+        """One medium; see `load`. Whether a video has sound is read from the file."""
+        if self.cache is not None:
+            cached = self.cache.read(part)
+            return LoadedMedium(cached.run, features=cached.features)
+        if part.kind == "image":
+            patches = self.preprocessor.image(read_image(part.path))
+            return LoadedMedium(ImageRun(patches.grid), patches)
+        clip = self.reader.read(
+            part.path,
+            fps=part.fps or self.fps,
+            max_frames=part.max_frames or self.max_frames,
+            max_seconds=self.audio_seconds,
+            video=part.kind == "video",
+        )
+        mel = None if clip.audio is None else self.preprocessor.audio(clip.audio)
+        tokens = 0 if mel is None else self.preprocessor.rules.audio_tokens(mel.shape[1])
+        if clip.video is not None:
+            patches = self.preprocessor.video(clip.video)
+            return LoadedMedium(VideoRun(patches.grid, patches.seconds_per_grid, tokens), patches, mel)
+        if mel is None:
+            raise MediaError(str(part.path), "audio", "no_stream", "there is no sound, or less than 30 ms of it")
+        return LoadedMedium(AudioRun(tokens), mel=mel)
+
+    def sample(
+        self, conversation: Conversation, media: Sequence[LoadedMedium], *, generation_prompt: bool = False
+    ) -> Sample:
+        """Tokens, labels and positions of a conversation around its loaded media.
+
+        Args:
+            conversation: whole, or one of its `questions()`.
+            media: what `load` gave for it.
+            generation_prompt: end with the header of the answer to come.
+        """
+        ids, labels = self.preprocessor.chat.encode(conversation.messages, generation_prompt=generation_prompt)
+        runs = [medium.run for medium in media]
+        sequence = expand(ids, runs, self.preprocessor.rules, labels)
+        videos = [medium.patches for medium in media if isinstance(medium.run, VideoRun)]
+        images = [medium.patches for medium in media if isinstance(medium.run, ImageRun)]
+        return Sample(
+            id=conversation.id,
+            input_ids=torch.from_numpy(sequence.input_ids),
+            labels=torch.from_numpy(sequence.labels),
+            position_ids=torch.from_numpy(sequence.position_ids),
+            tokens=sequence.tokens,
+            videos=tuple(patches for patches in videos if patches is not None),
+            images=tuple(patches for patches in images if patches is not None),
+            audios=tuple(medium.mel for medium in media if medium.mel is not None),
+            video_grids=tuple(run.grid for run in runs if isinstance(run, VideoRun)),
+            image_grids=tuple(run.grid for run in runs if isinstance(run, ImageRun)),
+            seconds_per_grid=tuple(run.seconds_per_grid for run in runs if isinstance(run, VideoRun)),
+            features=Features.join([medium.features for medium in media if medium.features is not None]),
+            meta=conversation.meta,
+        )
+
+
+class OmniDataset(Dataset[Sample]):
+    """Map-style dataset of samples.
+
+    With `on_error="replace"` a sample whose media cannot be read is replaced by another one that is a pure function
+    of its index, and says so in `Sample.failures`; batches never shrink.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        loader: MediaLoader,
+        *,
+        turns: Literal["all", "each"] = "all",
+        on_error: Literal["raise", "replace"] = "raise",
+    ) -> None:
+        """
+        Args:
+            conversations: e.g. a `Manifest`.
+            loader: reads media and builds samples.
+            turns: "all" keeps a conversation whole, every answer supervised (training); "each" gives one sample per
+                question without earlier turns, ending with the generation prompt (evaluation).
+            on_error: "raise" or "replace".
+        """
+        self.loader = loader
+        self.turns, self.on_error = turns, on_error
+        self.conversations = conversations
+        if turns == "each":
+            self.conversations = [question for whole in conversations for question in whole.questions()]
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> Sample:
+        failures: list[str] = []
+        for attempt in range(_ATTEMPTS):
+            try:
+                return replace(self._read(_substitute(index, attempt, len(self))), failures=tuple(failures))
+            except MediaError as error:
+                if self.on_error == "raise":
+                    raise
+                failures.append(str(error))
+        raise RuntimeError(
+            f"sample {index} and {_ATTEMPTS - 1} others drawn in its place cannot be read; first: {failures[0]}"
+        )
+
+    def _read(self, index: int) -> Sample:
+        conversation = self.conversations[index]
+        media = self.loader.load(conversation)
+        return self.loader.sample(conversation, media, generation_prompt=self.turns == "each")
+
+
+def _substitute(index: int, attempt: int, length: int) -> int:
+    """The sample to try: `index` itself, then others that depend on nothing but it."""
+    return index if attempt == 0 else int(np.random.default_rng((index, attempt)).integers(length))
