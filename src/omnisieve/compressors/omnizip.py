@@ -27,11 +27,12 @@ from torch import Tensor
 
 from omnisieve.compressors.base import Budget, Compressor, CompressorError, Need, Needs, Settings, drop_share, register
 from omnisieve.compressors.omnizip_published import Cuts, frozen_extremes, half_grid_cuts
+from omnisieve.compressors.saliency import relative_to_window
 from omnisieve.layout import Modality, SegmentKind, TokenLayout
 from omnisieve.ops.budget import floor_product
 from omnisieve.ops.clustering import density_peaks, isolation
 from omnisieve.ops.merge import merge_into_anchors, spaced_anchors
-from omnisieve.ops.similarity import cosine, segment_mean, unit
+from omnisieve.ops.similarity import cosine, unit
 from omnisieve.ops.topk import topk_mask
 from omnisieve.ops.waterfill import round_to_total, water_fill
 from omnisieve.plan import Merge, Plan
@@ -101,7 +102,7 @@ class OmniZip(Compressor):
         """Select audio, derive window budgets from it, then select video. See `Compressor.plan`."""
         attention = self.statistic(needs, self.needs[0])
         if self.scope == "window":
-            attention = _relative_to_window(attention, layout)
+            attention = relative_to_window(attention, layout)
         keep_audio, merge = self._audio(embeds, attention, layout)
         cuts = half_grid_cuts(layout) if self.official and self.settings.variant == "units" else Cuts.of(layout)
         keep_video = self._video(embeds, self._video_counts(keep_audio, cuts, layout), cuts)
@@ -148,9 +149,13 @@ class OmniZip(Compressor):
         tokens, anchor, pool, likeness = (
             whole.gather(values)[:, 0] for values in (embeds, anchors, rest & ~anchors, self._likeness(embeds, layout))
         )
-        present = whole.valid[:, 0]
         source, target, weight, own = merge_into_anchors(
-            tokens, anchor & present, pool & present, likeness, int(anchor_count.max()), self.settings.merge_group
+            tokens,
+            anchor & whole.valid[:, 0],
+            pool & whole.valid[:, 0],
+            likeness,
+            int(anchor_count.max()),
+            self.settings.merge_group,
         )
         source, target = position.gather(1, source), position.gather(1, target)
         return dominant | anchors, Merge(source, target, weight, whole.scatter(own.unsqueeze(1), 1.0))
@@ -198,11 +203,3 @@ class OmniZip(Compressor):
         change = 1 - cosine(tokens, tokens.roll(1, dims=1))
         scores = torch.where(cuts.odd_frames(), change, spatial(tokens, frames.valid, self.settings.neighbours))
         return frames.scatter(topk_mask(scores, frames.valid, counts), False)
-
-
-def _relative_to_window(attention: Tensor, layout: TokenLayout) -> Tensor:
-    """Attention within an encoder block sums to the block's length; divide by the window mean to compare windows."""
-    windows = layout.segments("window", Modality.AUDIO)
-    values = windows.gather(attention)
-    mean = segment_mean(values.unsqueeze(-1), windows.valid)
-    return windows.scatter(values / mean.clamp(min=1e-12), 0.0)

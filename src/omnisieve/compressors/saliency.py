@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omnisieve.layout import Modality, TokenLayout
-from omnisieve.ops.similarity import cosine, cosine_to_mean
+from omnisieve.ops.similarity import cosine, cosine_to_mean, segment_mean
 
 
 def previous_frame_change(
@@ -39,3 +39,15 @@ def spatiotemporal_saliency(embeds: Tensor, layout: TokenLayout) -> Tensor:
     spatial = frames.scatter(1 - cosine_to_mean(frames.gather(embeds), frames.valid), 0.0)
     temporal, has_previous = previous_frame_change(embeds, layout)
     return torch.where(has_previous, temporal, spatial)
+
+
+def relative_to_window(attention: Tensor, layout: TokenLayout) -> Tensor:
+    """Audio attention divided by the mean of its window, [B, S]; 0 outside audio.
+
+    An encoder that attends within blocks of 2 s hands out a fixed sum per block, so raw values of different windows
+    do not compare.
+    """
+    windows = layout.segments("window", Modality.AUDIO)
+    values = windows.gather(attention)
+    mean = segment_mean(values.unsqueeze(-1), windows.valid)
+    return windows.scatter(values / mean.clamp(min=1e-12), 0.0)
