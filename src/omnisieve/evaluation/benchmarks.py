@@ -1,0 +1,104 @@
+"""Where clips, questions and the rule for a right answer come from.
+
+A benchmark is anything with the attributes of `Benchmark`. The one here reads a manifest; a published benchmark
+needs only its own way from its files to `Conversation`s and its own `is_correct`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from omnisieve.data.batch import Sample
+from omnisieve.data.dataset import MediaLoader
+from omnisieve.data.manifest import Conversation
+from omnisieve.data.media import MediaError
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip with its questions.
+
+    Attributes:
+        id: of the manifest line.
+        n_questions: how many there are, also when the clip cannot be read.
+        questions: prompts without answers; `meta` holds `answer`, `turn`, and `family` where questions have kinds.
+        error: why there are no questions.
+    """
+
+    id: str
+    n_questions: int
+    questions: tuple[Sample, ...] = ()
+    error: MediaError | None = None
+
+
+class Benchmark(Protocol):
+    """Clips with questions, in order, and how an answer is read and judged."""
+
+    name: str
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        """Number of clips."""
+
+    def __iter__(self) -> Iterator[Clip]:
+        """Read clip by clip."""
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Generated ids [B, N] as texts."""
+
+    def is_correct(self, predicted: str, expected: str) -> bool:
+        """Whether a generated answer counts as right."""
+
+
+class ManifestBenchmark:
+    """Every question turn of a manifest, asked on its own, right if it equals the manifest's answer."""
+
+    def __init__(self, name: str, conversations: Sequence[Conversation], loader: MediaLoader) -> None:
+        """
+        Args:
+            name: in the report.
+            conversations: e.g. a `Manifest`; lines without a question are skipped.
+            loader: reads the media of each clip once for all its questions.
+        """
+        self.name = name
+        self._conversations = [c for c in conversations if any(True for _ in c.questions())]
+        self._loader = loader
+        self._tokenizer = loader.preprocessor.tokenizer
+        self.pad_token_id = int(self._tokenizer.pad_token_id)
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __iter__(self) -> Iterator[Clip]:
+        return map(self._read, self._conversations)
+
+    def decode(self, ids: Tensor) -> list[str]:
+        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def is_correct(self, predicted: str, expected: str) -> bool:
+        return normalise(predicted) == normalise(expected)
+
+    def _read(self, conversation: Conversation) -> Clip:
+        questions = list(conversation.questions())
+        try:
+            media = self._loader.load(questions[-1])
+        except MediaError as error:
+            return Clip(conversation.id, len(questions), error=error)
+        # A question sees the media of its own turn and of those before it.
+        samples = [
+            self._loader.sample(question, media[: len(question.media)], generation_prompt=True)
+            for question in questions
+        ]
+        return Clip(conversation.id, len(questions), tuple(samples))
+
+
+def normalise(text: str) -> str:
+    """Answers that differ in case, punctuation, articles or spacing only are the same answer."""
+    words = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).casefold()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))

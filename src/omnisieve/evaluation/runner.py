@@ -1,0 +1,177 @@
+"""Asks every question of a benchmark under every method and ratio, with the stock `generate`.
+
+The outer loop is over clips: media are decoded and encoded once and serve all questions, methods and ratios, and
+memory does not grow with the benchmark.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from omnisieve.backbones import adapter_for, attach
+from omnisieve.compressors import Compressor, UnreachableRatioError
+from omnisieve.evaluation.benchmarks import Benchmark, Clip
+from omnisieve.evaluation.bounds import show_evidence
+from omnisieve.evaluation.guards import MediaGuard
+from omnisieve.evaluation.methods import Method
+from omnisieve.evaluation.metrics import Answer
+from omnisieve.evaluation.prompts import Prompt, generate, make_prompt
+from omnisieve.evaluation.report import Cell
+from omnisieve.layout import MEDIA
+
+
+@dataclass
+class Results:
+    """What an evaluation found.
+
+    Attributes:
+        cells: one per method and ratio.
+        failures: `{"clip", "error"}` of every clip that could not be read; it is missing from all cells alike.
+        guards: what the hearing and the seeing test found, see `guards.MediaGuard`.
+        seconds: wall clock of each cell ("random 0.25"), and of "media": decoding, encoders, guards.
+    """
+
+    cells: list[Cell]
+    failures: list[dict[str, str]] = field(default_factory=list)
+    guards: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Evaluation:
+    """Every method at every ratio on one benchmark."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        benchmark: Benchmark,
+        methods: Sequence[Method],
+        ratios: Sequence[float],
+        *,
+        clips_per_batch: int = 1,
+        max_new_tokens: int = 16,
+    ) -> None:
+        """Build all compressors, so that a mistake in one shows before anything is computed.
+
+        Args:
+            model: a stock model; see `backbones.adapter_for`.
+            benchmark: clips with questions.
+            methods: see `methods.resolve_methods`.
+            ratios: retained ratios asked of each method.
+            clips_per_batch: clips whose questions are asked together; memory grows with it.
+            max_new_tokens: of an answer.
+
+        Raises:
+            CompressorError: a method's settings cannot be.
+        """
+        self.adapter = adapter_for(model)
+        self.benchmark = benchmark
+        self.clips_per_batch = clips_per_batch
+        self.max_new_tokens = max_new_tokens
+        self.results = Results([])
+        self._compressors: list[Compressor | None] = []
+        for method in methods:
+            for ratio in method.ratios(ratios):
+                self.results.cells.append(Cell(method.label, method.kind, benchmark.name, ratio))
+                self._compressors.append(self._build(method, ratio))
+
+    def run(self) -> Results:
+        """Ask everything; a progress bar counts clips."""
+        compressors = [compressor for compressor in self._compressors if compressor is not None]
+        needs = tuple(dict.fromkeys(need for compressor in compressors for need in compressor.needs))
+        guard = MediaGuard(self.adapter, self.benchmark.pad_token_id)
+        self.results.guards = guard.found
+        with torch.inference_mode(), tqdm(total=len(self.benchmark), desc="clips", unit="clip") as bar:
+            for clips in self._batches():
+                readable = [clip for clip in clips if clip.error is None]
+                self._note_failures([clip for clip in clips if clip.error is not None])
+                if readable:
+                    questions = [clip.questions for clip in readable]
+                    with self._timed("media"):
+                        guard.look(questions)
+                        prompt = make_prompt(
+                            self.adapter, questions, pad_token_id=self.benchmark.pad_token_id, needs=needs
+                        )
+                    clip_ids = [clip.id for clip in readable for _ in clip.questions]
+                    for cell, compressor in zip(self.results.cells, self._compressors, strict=True):
+                        self._ask(cell, compressor, prompt, clip_ids)
+                bar.update(len(clips))
+        return self.results
+
+    def _build(self, method: Method, ratio: float) -> Compressor | None:
+        """None, and a reason in the cell just added, where the method cannot have this ratio at all."""
+        try:
+            return method.build(ratio).to(self.adapter.thinker.device)
+        except UnreachableRatioError as error:
+            self.results.cells[-1].unreachable = str(error)
+            return None
+
+    def _batches(self) -> Iterator[list[Clip]]:
+        """Clips in groups; reading them counts as time of "media"."""
+        clips = iter(self.benchmark)
+        while True:
+            with self._timed("media"):
+                group = list(islice(clips, self.clips_per_batch))
+            if not group:
+                return
+            yield group
+
+    def _note_failures(self, clips: Sequence[Clip]) -> None:
+        for clip in clips:
+            self.results.failures.append({"clip": clip.id, "error": str(clip.error)})
+            for cell in self.results.cells:
+                cell.failures += clip.n_questions
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds = self.results.seconds
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def _ask(self, cell: Cell, compressor: Compressor | None, prompt: Prompt, clip_ids: Sequence[str]) -> None:
+        """Add a batch's answers to `cell`, unless its ratio is, or turns out to be, unreachable."""
+        if compressor is None or cell.unreachable is not None:
+            return
+        show_evidence(compressor, [meta.get("evidence", {}) for meta in prompt.batch.meta])
+        try:
+            with (
+                self._timed(f"{cell.method} {cell.retained_ratio:g}"),
+                attach(self.adapter.thinker, compressor) as attachment,
+            ):
+                attachment.expect(layout=prompt.batch.layout, needs=prompt.needs)
+                written = generate(self.adapter, prompt, self.max_new_tokens)
+        except UnreachableRatioError as error:
+            cell.unreachable = str(error)
+            cell.answers.clear()
+            return
+        assert attachment.last_plan is not None  # every prompt is planned
+        layout = prompt.batch.layout
+        kept = attachment.last_plan.measured(layout)
+        tokens = zip(
+            *(values.tolist() for values in (kept["video"], kept["audio"])),
+            *(layout.counts(modality).tolist() for modality in MEDIA),
+            strict=True,
+        )
+        rows = zip(clip_ids, prompt.batch.meta, self.benchmark.decode(written), tokens, strict=True)
+        for clip, meta, prediction, (kept_video, kept_audio, video, audio) in rows:
+            cell.answers.append(
+                Answer(
+                    question=f"{clip}/{meta['turn']}",
+                    clip=clip,
+                    family=str(meta.get("family", "all")),
+                    expected=meta["answer"],
+                    predicted=prediction,
+                    correct=self.benchmark.is_correct(prediction, meta["answer"]),
+                    kept=(kept_video, kept_audio),
+                    present=(video, audio),
+                )
+            )

@@ -1,0 +1,141 @@
+"""The runner asks every question under every method through the stock `generate`."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from omnisieve.backbones import adapter_for, attach
+from omnisieve.compressors import CompressorError, build_compressor
+from omnisieve.data.collate import collate
+from omnisieve.data.media import MediaError
+from omnisieve.evaluation.benchmarks import Clip
+from omnisieve.evaluation.guards import MediaGuard
+from omnisieve.evaluation.methods import resolve_methods
+from omnisieve.evaluation.prompts import generate, make_prompt
+from omnisieve.evaluation.runner import Evaluation, Results
+from tests.evaluation.tiny import TinyBenchmark, tiny_clip
+from tests.models import PAD, tiny_thinker
+
+TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_thinker()
+
+
+@pytest.fixture(scope="module")
+def clips(model: nn.Module) -> list[Clip]:
+    return [tiny_clip(model, "a"), tiny_clip(model, "b", questions=3), tiny_clip(model, "c", mel=0)]
+
+
+def evaluate(model: nn.Module, clips: list[Clip], entries: list[str], ratios: list[float], **values) -> Results:
+    methods = resolve_methods(entries, values.pop("settings", {}))
+    options = {"max_new_tokens": TOKENS, "clips_per_batch": 2} | values
+    return Evaluation(model, TinyBenchmark(clips), methods, ratios, **options).run()
+
+
+def predictions(results: Results) -> list[list[str]]:
+    return [[answer.predicted for answer in cell.answers] for cell in results.cells]
+
+
+def from_raw_media(model: nn.Module, clip: Clip, question: int, ratio: float) -> list[int]:
+    """What the attached stock model generates when it gets pixels and mel spectrograms itself."""
+    batch = collate([clip.questions[question]], pad_token_id=PAD, padding_side="left")
+    inputs = batch.model_inputs()
+    length = inputs["input_ids"].shape[1]
+    inputs["position_ids"] = torch.cat([torch.arange(length).expand(1, 1, -1), inputs["position_ids"]])
+    with attach(model, build_compressor("random", retained_ratio=ratio)):
+        written = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    return written[0, length:].tolist()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+def test_answers_equal_those_from_raw_media(model: nn.Module, clips: list[Clip], ratio: float) -> None:
+    results = evaluate(model, clips, ["random"], [ratio])
+    expected = [from_raw_media(model, clip, q, ratio) for clip in clips for q in range(clip.n_questions)]
+    assert predictions(results) == [[" ".join(map(str, ids)) for ids in expected]]
+    assert len({tuple(ids) for ids in expected}) > 1
+
+
+def test_prompt_without_compressor_is_the_stock_model(model: nn.Module, clips: list[Clip]) -> None:
+    adapter = adapter_for(model)
+    prompt = make_prompt(adapter, [clips[0].questions], pad_token_id=PAD)
+    written = generate(adapter, prompt, TOKENS)
+    assert written.tolist() == [from_raw_media(model, clips[0], q, 1.0) for q in range(2)]
+
+
+def test_batching_changes_no_answer(model: nn.Module, clips: list[Clip]) -> None:
+    together = evaluate(model, clips, ["full", "stvp"], [0.3], clips_per_batch=3)
+    alone = evaluate(model, clips, ["full", "stvp"], [0.3], clips_per_batch=1)
+    assert predictions(together) == predictions(alone)
+
+
+def test_encoders_run_once_per_clip(model: nn.Module, clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    hook = adapter_for(model).visual.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(MediaGuard, "look", lambda *_: None)
+    try:
+        evaluate(model, clips, ["full", "random", "stvp"], [0.5, 0.25])
+    finally:
+        hook.remove()
+    assert len(calls) == len(clips)
+
+
+def test_retained_tokens_are_counted(model: nn.Module, clips: list[Clip]) -> None:
+    results = evaluate(model, clips, ["full", "random", "oracle", "no_media"], [0.25])
+    full, random, oracle, nothing = (cell.answers[0] for cell in results.cells)
+    # 4 grids of 6 video tokens, 4 s of sound at 25 tokens a second.
+    assert full.present == full.kept == (24, 100)
+    assert random.kept == oracle.kept == (6, 25)
+    assert nothing.kept == (0, 0)
+    assert results.cells[0].answers[-1].present == (24, 0)
+
+
+def test_unreadable_clips_are_counted_apart(model: nn.Module, clips: list[Clip]) -> None:
+    broken = Clip("broken", 7, error=MediaError("x.mp4", "video", "truncated", "the file ends early"))
+    with_failure = evaluate(model, [clips[0], broken, *clips[1:]], ["full", "random"], [0.5])
+    without = evaluate(model, clips, ["full", "random"], [0.5])
+    assert predictions(with_failure) == predictions(without)
+    assert [cell.failures for cell in with_failure.cells] == [7, 7]
+    assert with_failure.failures[0]["clip"] == "broken"
+    assert "x.mp4" in with_failure.failures[0]["error"]
+
+
+def test_a_ratio_that_one_clip_cannot_reach_is_unreachable(model: nn.Module, clips: list[Clip]) -> None:
+    settings = {"audio whole": {"method": "random", "audio_ratio": 1.0}}
+    results = evaluate(model, clips, ["audio whole"], [0.9, 0.5], settings=settings)
+    reachable, unreachable = results.cells
+    assert (reachable.ok, unreachable.ok) == (True, False)
+    assert "reachable are" in (unreachable.unreachable or "")
+    assert len(reachable.answers) == 7
+    assert unreachable.answers == []
+
+
+def test_a_mistake_in_settings_is_an_error(model: nn.Module, clips: list[Clip]) -> None:
+    with pytest.raises(CompressorError, match="no setting 'sed'"):
+        evaluate(model, clips, ["random"], [0.5], settings={"random": {"sed": 1}})
+
+
+def test_model_that_hears_and_sees_passes(model: nn.Module, clips: list[Clip]) -> None:
+    found = evaluate(model, clips, ["full"], [1.0]).guards
+    assert all(result["passed"] and result["largest_logit_change"] > 0 for result in found.values())
+
+
+def test_model_that_does_not_hear_is_found_out(clips: list[Clip], caplog: pytest.LogCaptureFixture) -> None:
+    deaf = tiny_thinker()
+    adapter_for(deaf).audio_tower.proj.weight.zero_()
+    with caplog.at_level(logging.WARNING):
+        found = evaluate(deaf, clips, ["full"], [1.0]).guards
+    assert (found["hearing_test"]["passed"], found["seeing_test"]["passed"]) == (False, True)
+    assert "ignores audio" in caplog.text
+
+
+def test_test_of_an_absent_modality_is_not_claimed(model: nn.Module, clips: list[Clip]) -> None:
+    found = evaluate(model, clips[2:], ["full"], [1.0]).guards
+    assert found["hearing_test"] is None
+    assert found["seeing_test"]["passed"]
