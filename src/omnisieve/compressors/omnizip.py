@@ -149,13 +149,9 @@ class OmniZip(Compressor):
         tokens, anchor, pool, likeness = (
             whole.gather(values)[:, 0] for values in (embeds, anchors, rest & ~anchors, self._likeness(embeds, layout))
         )
+        present = whole.valid[:, 0]
         source, target, weight, own = merge_into_anchors(
-            tokens,
-            anchor & whole.valid[:, 0],
-            pool & whole.valid[:, 0],
-            likeness,
-            int(anchor_count.max()),
-            self.settings.merge_group,
+            tokens, anchor & present, pool & present, likeness, int(anchor_count.max()), self.settings.merge_group
         )
         source, target = position.gather(1, source), position.gather(1, target)
         return dominant | anchors, Merge(source, target, weight, whole.scatter(own.unsqueeze(1), 1.0))
@@ -182,8 +178,7 @@ class OmniZip(Compressor):
             return (frame_size * (1.0 - cuts.per_frame(removed))).floor().long()
         target = self.asked(layout).video
         share = self._exact_share(retention, audio_size > 0, video_size, target)
-        total = torch.from_numpy(target).to(keep_audio.device)
-        return round_to_total(cuts.per_frame(share) * frame_size, frame_size, total)
+        return round_to_total(cuts.per_frame(share) * frame_size, frame_size, torch.from_numpy(target).to(share.device))
 
     def _exact_share(self, retention: Tensor, guided: Tensor, size: Tensor, target: np.ndarray) -> Tensor:
         """Kept share of every window's video, [B, W], that sums to `target` [B] tokens."""
