@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,6 +87,7 @@ def test_more_frames_than_the_file_has_are_repeated(media: Media, reader: MediaR
         assert_frames(video.frames, [k // 2 for k in range(80)])
 
 
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="PyAV below 18 cannot write it")
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 @pytest.mark.parametrize("codec", ["libx264", "libsvtav1"])
 def test_rotated_video_is_upright(media: Media, reader: MediaReader, rotation: int, codec: str) -> None:

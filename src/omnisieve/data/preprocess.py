@@ -73,7 +73,7 @@ class Preprocessor:
     def audio(self, waveform: np.ndarray) -> Tensor | None:
         """Log-mel spectrogram [mel bins, ceil(samples / hop)]; None if too short for a single token.
 
-        Equal, bit for bit, to what the extractor gives after padding to 300 s, and not cut at 300 s.
+        Equal, bit for bit from 0.1 s on, to what the extractor gives after padding to 300 s; not cut at 300 s.
         """
         hop = self.feature_extractor.hop_length
         frames = math.ceil(len(waveform) / hop)

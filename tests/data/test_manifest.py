@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omnisieve.data.manifest import Manifest, ManifestError, MediaPart
+
+ANSWER = {"role": "assistant", "content": "red"}
+
+
+def manifest(folder: Path, *lines: Any) -> Manifest:
+    path = folder / "m.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return Manifest(path)
+
+
+def user(content: Any, **keys: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **keys}
+
+
+def test_parts_and_tags_mean_the_same(tmp_path: Path) -> None:
+    as_parts = user([{"type": "video", "video": "v/a.mp4"}, {"type": "text", "text": "What?"}])
+    lines = manifest(
+        tmp_path,
+        {"id": "x", "messages": [as_parts, ANSWER]},
+        {"id": "x", "messages": [user("<video>What?"), ANSWER], "videos": ["v/a.mp4"]},
+    )
+    assert lines[0] == lines[1]
+    assert lines[0].media == (MediaPart("video", tmp_path / "v/a.mp4"),)
+    assert lines[0].messages[0]["content"] == [{"type": "video"}, {"type": "text", "text": "What?"}]
+
+
+def test_mixed_lines_keep_their_own_keys(tmp_path: Path) -> None:
+    lines = manifest(
+        tmp_path,
+        {"messages": [user("Hi"), ANSWER], "evidence": {"video": [[0, 1, 2]]}, "level": 3},
+        "",
+        {"id": 7, "messages": [user([{"type": "audio", "audio": "/abs/b.wav"}], family="tone"), ANSWER]},
+        {
+            "messages": [user([{"type": "video", "video": "a.webm", "fps": 1, "max_frames": 8}]), ANSWER],
+            "level": "high",
+        },
+    )
+    assert len(lines) == 3
+    assert lines[0].id == "1"
+    assert lines[0].meta == {"evidence": {"video": [[0, 1, 2]]}, "level": 3}
+    assert lines[1].id == "7"
+    assert lines[1].media[0].path == Path("/abs/b.wav")
+    assert lines[1].messages[0]["family"] == "tone"
+    assert lines[2].id == "4"
+    assert (lines[2].media[0].fps, lines[2].media[0].max_frames) == (1, 8)
+    assert [line.id for line in lines[1:]] == ["7", "4"]
+
+
+def test_several_media_are_taken_in_the_order_of_their_tags(tmp_path: Path) -> None:
+    line = manifest(
+        tmp_path,
+        {
+            "messages": [user("<image><video>and<audio><video>?"), ANSWER],
+            "videos": ["1.mp4", "2.mp4"], "audios": ["3.wav"], "images": ["4.png"],
+        },
+    )[0]  # fmt: skip
+    assert [part.path.name for part in line.media] == ["4.png", "1.mp4", "3.wav", "2.mp4"]
+
+
+def test_answers_may_contain_tags(tmp_path: Path) -> None:
+    line = manifest(tmp_path, {"messages": [user("Say it"), {"role": "assistant", "content": "<video>"}]})[0]
+    assert line.messages[1]["content"] == "<video>"
+
+
+def test_questions_stand_alone(tmp_path: Path) -> None:
+    line = manifest(
+        tmp_path,
+        {
+            "id": "c",
+            "evidence": {"audio": [4]},
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                user([{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "One?"}], family="f1"),
+                {"role": "assistant", "content": "1"},
+                user("Two?", family="f2"),
+                {"role": "assistant", "content": "2"},
+                user("Unanswered?"),
+            ],
+        },
+    )[0]
+    one, two = line.questions()
+    assert one.meta == {"evidence": {"audio": [4]}, "family": "f1", "question": "One?", "answer": "1", "turn": 0}
+    assert two.meta["family"] == "f2"
+    assert (two.meta["answer"], two.meta["turn"]) == ("2", 1)
+    assert two.media == line.media
+    assert [m["role"] for m in two.messages] == ["system", "user"]
+    assert two.messages[1]["content"] == [{"type": "video"}, {"type": "text", "text": "Two?"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', r"line 2: no valid JSON"),
+        ("[1]", r"line 2: a JSON object is needed, this is a list"),
+        ({"mesages": []}, r"line 2, key 'messages': missing.*is 'mesages' meant\?"),
+        ({"conversations": []}, r"line 2, key 'messages': .*ShareGPT"),
+        ({"messages": []}, r"key 'messages': a non-empty list"),
+        ({"messages": [{"role": "human", "content": ""}]}, r"key 'messages\[0\].role': one of system, user, assistant"),
+        ({"messages": [user(3)]}, r"key 'messages\[0\].content': a string or a list"),
+        ({"messages": [user([{"type": "vidio"}])]}, r"key 'messages\[0\].content\[0\].type'.*'vidio'"),
+        ({"messages": [user([{"type": "video"}])]}, r"key 'messages\[0\].content\[0\].video': the path"),
+        ({"messages": [user([{"type": "video", "video": "a", "fps": 0}])]}, r"\.fps': a positive number"),
+        (
+            {"messages": [user([{"type": "video", "video": "a", "max_frames": 1.5}])]},
+            r"\.max_frames': a positive integer",
+        ),
+        (
+            {"messages": [user([{"type": "audio", "audio": "a", "fps": 1}])]},
+            r"\.fps': unknown; the keys of audio parts are type, audio$",
+        ),
+        ({"messages": [user("<video>?")]}, r"key 'videos': fewer files than <video> tags"),
+        ({"messages": [user("?")], "videos": ["a"]}, r"key 'videos': more files than <video> tags"),
+        ({"messages": [user("?")], "audios": "a.wav"}, r"key 'audios': a list of paths"),
+        (
+            {"messages": [user("?"), {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]},
+            r"key 'messages\[1\].content': media belong to user messages",
+        ),
+    ],
+)
+def test_a_wrong_line_names_file_line_and_key(tmp_path: Path, line: Any, message: str) -> None:
+    lines = manifest(tmp_path, {"messages": [user("Hi"), ANSWER]}, line)
+    assert lines[0].media == ()
+    with pytest.raises(ManifestError, match=message) as caught:
+        lines.check()
+    assert str(tmp_path / "m.jsonl") in str(caught.value)
+
+
+def test_missing_and_empty_manifests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no such manifest"):
+        Manifest(tmp_path / "none.jsonl")
+    with pytest.raises(ManifestError, match="has no lines"):
+        manifest(tmp_path, "", "")
