@@ -1,0 +1,1 @@
+"""Training of compressors with DeepSpeed."""

@@ -1,0 +1,189 @@
+"""Checkpoints to resume from: trainables, optimiser, schedule and random states, never the frozen LLM.
+
+A checkpoint is a folder `checkpoint-STEP`. It is written under another name, flushed and renamed, so it is complete
+or it is not there; `latest` is written after that. Its manifest holds the hash of every file, and nothing is
+unpickled before they match. Even so, resume only from places you trust: a hash does not make a pickle safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from omnisieve.training.distributed import Ranks
+from omnisieve.training.errors import CheckpointError
+
+FOLDER = "checkpoints"
+ENGINE_FOLDER = "engine"
+LATEST_FILE = "latest"
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+
+
+class CheckpointStore:
+    """The checkpoints of one run; all ranks see the same folder and call every method together."""
+
+    def __init__(self, directory: Path, ranks: Ranks, *, identity: Mapping[str, Any], limit: int = 2) -> None:
+        """Name the place.
+
+        Args:
+            directory: the run's folder.
+            ranks: this process among its peers.
+            identity: JSON values that must be the same in the run that resumes.
+            limit: how many checkpoints are kept.
+        """
+        self.folder = directory / FOLDER
+        self._ranks = ranks
+        self._identity = {**identity, "number of ranks": ranks.world_size}
+        self._limit = limit
+
+    def save(self, engine: Any, step: int, state: Mapping[str, Any]) -> Path:
+        """Write `checkpoint-STEP` and remove the oldest ones beyond the limit.
+
+        Args:
+            engine: DeepSpeed's.
+            step: optimiser steps done.
+            state: JSON values that the run needs back.
+
+        Returns:
+            the folder.
+        """
+        target = self.folder / f"checkpoint-{step}"
+        staging = self.folder / f".{target.name}"
+        if self._ranks.is_first:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self._ranks.barrier()
+        engine.save_checkpoint(str(staging), ENGINE_FOLDER, save_latest=False, exclude_frozen_parameters=True)
+        torch.save(_random_state(), staging / _random_file(self._ranks.rank))
+        self._ranks.barrier()
+        if self._ranks.is_first:
+            text = json.dumps({**state, "step": step, "identity": self._identity}, indent=2)
+            (staging / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+            self._publish(staging, target)
+        self._ranks.barrier()
+        return target
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint that `train.resume` means.
+
+        Args:
+            resume: "auto": the latest one, None if there is none; "never": None; else the path of a checkpoint.
+
+        Raises:
+            CheckpointError: the path is no checkpoint.
+        """
+        if resume == "never":
+            return None
+        if resume != "auto":
+            path = Path(resume)
+            if not (path / MANIFEST_FILE).is_file():
+                raise CheckpointError(f"train.resume: {path} is no checkpoint; name a folder checkpoint-STEP")
+            return path
+        latest = self.folder / LATEST_FILE
+        return self.folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+
+    def load(self, engine: Any, path: Path) -> dict[str, Any]:
+        """Bring the engine and this rank's random generators to where they were.
+
+        Returns:
+            the `state` given to `save`, with "step".
+
+        Raises:
+            CheckpointError: files are damaged, or it was written by a run with another identity.
+        """
+        verify(path)
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        for name, value in self._identity.items():
+            if state["identity"][name] != value:
+                raise CheckpointError(
+                    f"{path} was written with {name} {state['identity'][name]}, this run has {value}: use the same, or "
+                    f"choose another output_dir and start from the weights with train.init_from"
+                )
+        engine.load_checkpoint(str(path), ENGINE_FOLDER, load_module_strict=False)
+        _restore_random_state(torch.load(path / _random_file(self._ranks.rank), weights_only=True))
+        return state
+
+    def _publish(self, staging: Path, target: Path) -> None:
+        hashes = {str(p.relative_to(staging)): _sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+        (staging / MANIFEST_FILE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+        for path in (*staging.rglob("*"), staging):
+            _flush(path)
+        # The same step is written again when an older checkpoint was resumed.
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+        latest = self.folder / f".{LATEST_FILE}"
+        latest.write_text(f"{target.name}\n", encoding="utf-8")
+        _flush(latest)
+        latest.rename(self.folder / LATEST_FILE)
+        _flush(self.folder)
+        steps = sorted((int(p.name.rpartition("-")[2]), p) for p in self.folder.glob("checkpoint-*"))
+        older = [path for step, path in steps if path != target]
+        for path in older[: max(len(older) + 1 - self._limit, 0)]:
+            shutil.rmtree(path)
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint with the hashes it was written with.
+
+    Raises:
+        CheckpointError: names every file that is missing or differs.
+    """
+    manifest = path / MANIFEST_FILE
+    if not manifest.is_file():
+        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST_FILE}")
+    hashes = json.loads(manifest.read_text(encoding="utf-8"))
+    bad = [name for name, wanted in hashes.items() if not (path / name).is_file() or _sha256(path / name) != wanted]
+    if bad:
+        raise CheckpointError(
+            f"{path} is damaged: {', '.join(bad)} missing or changed; copy it again, or name an older checkpoint "
+            f"as train.resume"
+        )
+
+
+def _random_file(rank: int) -> str:
+    return f"random_state_rank_{rank}.pt"
+
+
+def _random_state() -> dict[str, Any]:
+    """The states of all generators as tensors and numbers, which load without unpickling code."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "device": get_accelerator().get_rng_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    get_accelerator().set_rng_state(state["device"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

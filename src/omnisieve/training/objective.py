@@ -1,0 +1,152 @@
+"""The loss of a compressor: what the frozen LLM makes of the tokens that were kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from omnisieve.backbones import Adapter, Attachment, Estimator, adapter_for, attach
+from omnisieve.compressors import Compressor
+from omnisieve.data.batch import Batch, Features
+from omnisieve.layout import Modality
+
+IGNORED = -100
+
+
+class TrainingModule(nn.Module):
+    """A frozen LLM and a compressor, as one module that DeepSpeed can wrap.
+
+    The encoders run without gradients, or not at all when a batch brings their features. Only rows that predict an
+    answer token reach the LLM's head.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        compressor: Compressor,
+        *,
+        estimator: Estimator | None = None,
+        distill_weight: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Combine the two.
+
+        Args:
+            backbone: stock model; frozen parameters stay frozen.
+            compressor: learned.
+            estimator: gradient route; `masked` over the whole sequence when None.
+            distill_weight: weight of the KL divergence from the same LLM with all tokens; above 0 costs a forward.
+            gradient_checkpointing: recompute the LLM's layers in the backward pass.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.compressor = compressor
+        self._adapter: Adapter = adapter_for(backbone)
+        self._estimator = estimator or Estimator("masked")
+        self._distill_weight = distill_weight
+        self._checkpointing = gradient_checkpointing
+        self._attachment: Attachment | None = None
+        if gradient_checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach the compressor for all forwards and backwards inside: recomputed layers need the hooks, too."""
+        with attach(self.backbone, self.compressor, self._estimator) as self._attachment:
+            yield
+        self._attachment = None
+
+    def train(self, mode: bool = True) -> TrainingModule:
+        """Set the mode of the compressor; the LLM is only put into it where checkpointing asks for it."""
+        super().train(mode)
+        self.backbone.eval()
+        self._adapter.decoder.train(mode and self._checkpointing)
+        return self
+
+    def forward(self, batch: Batch, *, ratio: float | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Run one micro-batch; call inside `attached`.
+
+        Args:
+            batch: on the module's device.
+            ratio: retained ratio of this forward; the compressor's own when None.
+            seed: of sampled candidates.
+
+        Returns:
+            Scalars. "loss": the objective summed over the answer tokens, the only one with a gradient. Sums for the
+            record: "cross_entropy" and "divergence" over answer tokens, "correct_tokens", "correct_answers" and
+            "answers" (an answer is correct if its every token is the likeliest), "kept_video", "kept_audio".
+        """
+        attachment = self._attachment
+        if attachment is None:
+            raise RuntimeError("TrainingModule.forward runs inside `with module.attached():`")
+        attachment.compressor = self.compressor if ratio is None else self.compressor.at(retained_ratio=ratio)
+        attachment.generator = torch.Generator().manual_seed(seed)
+        features = self._adapter.encode(batch, self.compressor.needs)
+        # The full forward comes first: between the compressed one and its backward there must be no other.
+        teacher = self._teacher(attachment, batch, features) if self._distill_weight else None
+        logits = self._logits(attachment, batch, features)
+        assert attachment.targets is not None  # the forward was given labels
+        assert attachment.last_plan is not None
+        cross_entropy = F.cross_entropy(logits, attachment.targets, reduction="sum")
+        divergence = cross_entropy.new_zeros(()) if teacher is None else divergence_from(teacher, logits)
+        keep = attachment.last_plan.keep
+        return {
+            "loss": cross_entropy + self._distill_weight * divergence,
+            "cross_entropy": cross_entropy.detach(),
+            "divergence": divergence.detach(),
+            **_accuracy(logits.detach(), attachment.targets, batch),
+            "kept_video": (keep & batch.layout.mask(Modality.VIDEO)).sum(),
+            "kept_audio": (keep & batch.layout.mask(Modality.AUDIO)).sum(),
+        }
+
+    def _logits(self, attachment: Attachment, batch: Batch, features: Features) -> Tensor:
+        """[N, V] float32, one row per answer token."""
+        attachment.expect(
+            layout=batch.layout,
+            needs=self._adapter.needs(features, batch.layout, self.compressor.needs),
+            labels=batch.labels,
+            answer_tokens=sum(batch.answer_tokens),
+        )
+        output = self.backbone(
+            inputs_embeds=self._adapter.merge(batch.input_ids, features),
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return output.logits.float()
+
+    @torch.no_grad()
+    def _teacher(self, attachment: Attachment, batch: Batch, features: Features) -> Tensor:
+        """[N, V] float32, of the LLM with all tokens."""
+        with attachment.paused():
+            return self._logits(attachment, batch, features)
+
+
+def divergence_from(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of logits [N, V], summed over N."""
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+
+
+def _accuracy(logits: Tensor, targets: Tensor, batch: Batch) -> dict[str, Tensor]:
+    wrong = logits.argmax(-1) != targets
+    starts = _answer_starts(batch.labels, len(targets))
+    # Slot k collects the wrong tokens of answer k; there are at most as many answers as tokens.
+    per_answer = wrong.new_zeros(len(targets), dtype=torch.long).index_add(0, starts.cumsum(0) - 1, wrong.long())
+    answers = starts.sum()
+    return {
+        "correct_tokens": (~wrong).sum(),
+        "correct_answers": answers - (per_answer > 0).sum(),
+        "answers": answers,
+    }
+
+
+def _answer_starts(labels: Tensor, count: int) -> Tensor:
+    """[count] bool, which of the answer tokens of `labels` [B, S] begin an answer; nothing waits for the device."""
+    place = (labels == IGNORED).flatten().to(torch.uint8).argsort(stable=True)[:count]
+    before = F.pad(labels[:, :-1], (1, 0), value=IGNORED).flatten()
+    return before[place] == IGNORED

@@ -1,0 +1,224 @@
+"""The training loop, by optimiser steps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from omnisieve.artifact import save_compressor
+from omnisieve.config import TrainConfig, save_config
+from omnisieve.data.batch import Batch
+from omnisieve.training.checkpoint import CheckpointStore
+from omnisieve.training.distributed import Ranks
+from omnisieve.training.engine import build_engine, gathered, learning_rates
+from omnisieve.training.meter import Meter, quality, ratios, tokens
+from omnisieve.training.objective import TrainingModule
+from omnisieve.training.schedule import draw_ratio, draw_seed
+from omnisieve.training.streams import Streams, closable
+from omnisieve.training.tracking import Tracker
+
+CONFIG_FILE = "config.yaml"
+LAST, BEST = "last", "best"
+
+
+class Trainer:
+    """Trains a compressor; every rank makes one and calls `fit`.
+
+    The run's folder then holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and the compressor as
+    exported folders: `last/`, and `best/` by validation loss.
+    """
+
+    def __init__(self, config: TrainConfig, module: TrainingModule, streams: Streams, ranks: Ranks) -> None:
+        self.step = 0
+        self.best_loss = math.inf
+        self.engine: Any = build_engine(module, config.train)
+        self._config = config
+        self._train = config.train
+        self._last_step = min(config.train.max_steps, config.train.stop_at or config.train.max_steps)
+        self._validates = streams.val is not None and config.train.eval_every > 0
+        self.module = module
+        self._streams = streams
+        self._ranks = ranks
+        self._directory = Path(config.output_dir)
+        self._store = CheckpointStore(
+            self._directory,
+            ranks,
+            identity={"compressor": config.compressor, "train.zero_stage": config.train.zero_stage},
+            limit=config.train.save_total_limit,
+        )
+        self._reported: set[str] = set()
+
+    def fit(self) -> None:
+        """Train to the last step, from the checkpoint that `train.resume` means, if there is one.
+
+        Raises:
+            CheckpointError: there is one, but it does not fit this run.
+            ValueError: its data order does not.
+        """
+        self._open()
+        first = self._ranks.is_first
+        bar = tqdm(total=self._train.max_steps, initial=self.step, disable=not first, unit="step")
+        tracker = Tracker(self._directory, first_step=self.step, enabled=first)
+        with bar, closing(tracker), closing(closable(self._streams.train)) as batches, self.module.attached():
+            self._loop(batches, tracker, bar)
+
+    def _loop(self, batches: Iterator[Batch], tracker: Tracker, bar: tqdm) -> None:
+        meter, clock = Meter(self._ranks), Clock()
+        while self.step < self._last_step:
+            with clock.running():
+                with clock.waiting():
+                    window = list(itertools.islice(batches, self._train.gradient_accumulation_steps))
+                rates = learning_rates(self.engine)
+                self._optimise(window, meter)
+                self.step += 1
+                self._streams.sampler.advance(self._train.gradient_accumulation_steps)
+                sums = meter.read() if self._is_due(self._train.log_every) else None
+            bar.update()
+            if sums is not None:
+                scalars = self._scalars(sums, clock, rates)
+                tracker.log(self.step, scalars)
+                bar.set_postfix_str(f"loss {scalars['train/loss']:.3f}, right {scalars['train/answer_accuracy']:.1f} %")
+                clock.restart()
+            if self._validates and self._is_due(self._train.eval_every):
+                tracker.log(self.step, self._validate())
+            if self._is_due(self._train.save_every):
+                self._save()
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something happens after this step; at the last one everything does."""
+        return self.step == self._last_step or (every > 0 and self.step % every == 0)
+
+    # One step.
+
+    def _optimise(self, window: Sequence[Batch], meter: Meter) -> None:
+        """One optimiser step on the micro-batches of its accumulation window.
+
+        The loss is the sum over answer tokens by their number over all micro-batches and ranks, so it does not
+        depend on how samples are spread over them. DeepSpeed averages over ranks; that is undone here.
+        """
+        (answer_tokens,) = self._ranks.sum([sum(sum(batch.answer_tokens) for batch in window)])
+        scale = self._ranks.world_size / max(answer_tokens, 1.0)
+        ratio = self._ratio()
+        self.engine.train()
+        for micro_step, batch in enumerate(window):
+            self._report_failures(batch)
+            seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
+            outputs = self.engine(batch.to(self.engine.device), ratio=ratio, seed=seed)
+            self.engine.backward(outputs["loss"] * scale, scale_wrt_gas=False)
+            self.engine.step()
+            meter.add(outputs, batch)
+
+    def _ratio(self) -> float | None:
+        low, high = self._train.ratio.min, self._train.ratio.max
+        return None if low is None or high is None else draw_ratio(self._train.seed, self.step, low, high)
+
+    def _report_failures(self, batch: Batch) -> None:
+        for message in batch.failures:
+            if message not in self._reported:
+                self._reported.add(message)
+                tqdm.write(f"replaced a sample: {message}", file=sys.stderr)
+
+    # Every few steps.
+
+    def _scalars(self, sums: dict[str, float], clock: Clock, rates: dict[str, float]) -> dict[str, float]:
+        """What is logged of the steps since the last time."""
+        before, after = tokens(sums)
+        norm = self.engine.get_global_grad_norm()
+        return {
+            **{f"train/{name}": value for name, value in quality(sums).items()},
+            **{f"ratio/{name}": value for name, value in ratios(sums).items()},
+            **{f"lr/{owner}": value for owner, value in rates.items()},
+            "grad_norm": float(norm),
+            "tokens_per_second/before_compression": before / clock.run_seconds,
+            "tokens_per_second/after_compression": after / clock.run_seconds,
+            "seconds/step": clock.run_seconds / clock.steps,
+            "seconds/data_wait": clock.wait_seconds / clock.steps,
+        }
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Teacher-forced loss and accuracy over the validation split, shared by all ranks; keeps the best."""
+        assert self._streams.val is not None
+        self.engine.eval()
+        meter = Meter(self._ranks)
+        for batch, counts in self._streams.val:
+            outputs = self.engine(batch.to(self.engine.device))
+            meter.add(outputs, batch, weight=float(counts))
+        sums = meter.read()
+        scores = quality(sums)
+        if scores["loss"] < self.best_loss:
+            self.best_loss = scores["loss"]
+            self._export(BEST, scores)
+        return {f"val/{name}": value for name, value in scores.items()} | {
+            f"val_ratio/{name}": value for name, value in ratios(sums).items()
+        }
+
+    # Files.
+
+    def _open(self) -> None:
+        """Make the run's folder, and go on where a checkpoint ends."""
+        if self._ranks.is_first:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            save_config(self._config, self._directory / CONFIG_FILE)
+        self._ranks.barrier()
+        checkpoint = self._store.find(self._train.resume)
+        if checkpoint is None:
+            return
+        state = self._store.load(self.engine, checkpoint)
+        self.step, self.best_loss = state["step"], state["best_loss"]
+        self._streams.sampler.load_state_dict(state["sampler"])
+        if self._ranks.is_first:
+            tqdm.write(f"resumed from {checkpoint}, step {self.step} of {self._train.max_steps}", file=sys.stderr)
+
+    def _save(self) -> None:
+        state = {"best_loss": self.best_loss, "sampler": self._streams.sampler.state_dict()}
+        self._store.save(self.engine, self.step, state)
+        self._export(LAST, {})
+
+    def _export(self, name: str, scores: dict[str, float]) -> None:
+        compressor = self.module.compressor
+        with gathered(self.engine, compressor.parameters()):
+            if self._ranks.is_first:
+                card = {
+                    "backbone": self._config.model.path,
+                    "training data": self._config.data.train,
+                    "steps": self.step,
+                    "seed": self._train.seed,
+                    **{f"validation {key}": round(value, 4) for key, value in scores.items()},
+                }
+                save_compressor(compressor, self._directory / name, card=card)
+        self._ranks.barrier()
+
+
+class Clock:
+    """Seconds spent in steps, and waiting for data within them, since the last restart."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.run_seconds, self.wait_seconds = 0, 0.0, 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure one step."""
+        start = time.perf_counter()
+        yield
+        self.run_seconds += time.perf_counter() - start
+        self.steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Measure a wait for data within a step."""
+        start = time.perf_counter()
+        yield
+        self.wait_seconds += time.perf_counter() - start

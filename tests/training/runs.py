@@ -1,0 +1,76 @@
+"""Short training runs on a tiny random thinker and batches in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from omnisieve.backbones import Estimator
+from omnisieve.compressors import build_compressor
+from omnisieve.config import DataSection, ModelSection, TrainConfig, TrainSection
+from omnisieve.data.batch import Batch
+from omnisieve.data.sampler import StreamSampler
+from omnisieve.training.distributed import Ranks
+from omnisieve.training.objective import TrainingModule
+from omnisieve.training.streams import Streams
+from omnisieve.training.trainer import Trainer
+from tests.models import HIDDEN, tiny_thinker
+from tests.training.batches import CLIPS, cached, make_batch
+
+OMNISIFT = {"method": "omnisift", "retained_ratio": 0.25, "width": 16, "heads": 2, "pruner_channels": 8}
+VAL_BATCHES = 3  # an odd number: of two ranks, one has nothing left in the last round
+
+
+def make_config(output_dir: Path, **train: Any) -> TrainConfig:
+    """A run of 4 steps that logs each of them."""
+    defaults = {"max_steps": 4, "lr": 1e-2, "warmup_ratio": 0.34, "log_every": 1, "eval_every": 0, "save_every": 0}
+    return TrainConfig(
+        model=ModelSection(path="tiny", dtype="float32"),
+        compressor=dict(OMNISIFT),
+        data=DataSection(train="memory"),
+        train=TrainSection(**defaults | train),
+        output_dir=str(output_dir),
+    )
+
+
+def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
+    """A trainer that reads `CLIPS` over and over."""
+    backbone = tiny_thinker()
+    torch.manual_seed(config.train.seed)
+    fields = {name: value for name, value in config.compressor.items() if name != "method"}
+    module = TrainingModule(
+        backbone,
+        build_compressor(config.compressor["method"], hidden_size=HIDDEN, **fields),
+        estimator=Estimator(config.train.estimator.route, config.train.estimator.candidates),
+        distill_weight=config.train.distill_weight,
+    )
+    size = config.train.micro_batch_size
+    sampler = StreamSampler(len(CLIPS), size, seed=config.train.seed, rank=ranks.rank, world_size=ranks.world_size)
+    train = Loader(backbone, sampler)
+    places = range(ranks.rank, VAL_BATCHES + ranks.rank, ranks.world_size)
+    val = [(train.batch([place % len(CLIPS)]), place < VAL_BATCHES) for place in places]
+    return Trainer(config, module, Streams(train, sampler, val), ranks)
+
+
+@dataclass
+class Loader:
+    """Batches of `CLIPS` in the sampler's order."""
+
+    backbone: nn.Module
+    sampler: StreamSampler
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.batch, self.sampler)
+
+    def batch(self, clips: Sequence[int]) -> Batch:
+        return cached(self.backbone, make_batch(self.backbone, [CLIPS[clip] for clip in clips]))
+
+
+def compressor_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of the compressor's parameters."""
+    return {name: value.clone() for name, value in trainer.module.compressor.state_dict().items()}
