@@ -196,7 +196,7 @@ def _picture(frame: av.VideoFrame, before: list[np.ndarray]) -> np.ndarray:
 
 
 def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """Mono float32 [samples] at the file's own rate, on the clip's clock; None if not one sample decodes."""
+    """Mono float32 [samples] at the file's own rate, on the clip's clock; None if the stream is empty."""
     pieces: list[np.ndarray] = []
     written = packets = errors = 0
     with av.open(path) as container:
@@ -206,7 +206,7 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
         limit = None if max_seconds is None else round(max_seconds * rate)
         declared = _declared_end(stream, scan.start)
         for packet in container.demux(stream):
-            packets += 1
+            packets += packet.size > 0
             try:
                 decoded = stream.decode(packet)
             except av.error.InvalidDataError:
@@ -223,8 +223,8 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
                     written += len(pieces[-1])
             if limit is not None and written > limit + rate:
                 break
-    if errors > (1 - MIN_COMPLETE) * packets:
-        raise Failure("corrupt", "audio", f"{errors} of {packets} packets do not decode")
+    if errors > (1 - MIN_COMPLETE) * packets or (packets and not written):
+        raise Failure("corrupt", "audio", f"{errors or packets} of {packets} packets do not decode")
     if not written:
         return None
     wave = np.concatenate(pieces)

@@ -10,7 +10,7 @@ file gives:
 | sound shorter or longer than the video | both as they are |
 | sound that starts late, or has holes | silence in their place |
 | sound longer than `max_seconds` | cut there; logged with the number of files cut so far |
-| sound below one sample, or undecodable to nothing | `audio` is None |
+| an audio stream without packets | `audio` is None |
 | rotated by a display matrix, or EXIF | frames upright |
 | 0.3 s | at least one frame (a temporal patch is filled by repeating the last frame, see `preprocess`) |
 | more frames than `max_frames` | spread evenly; `seconds_per_frame` is the real one |
@@ -19,7 +19,7 @@ file gives:
 | text or something else under a media suffix | "not_media" |
 | mp4 whose index is cut off, or less than 90 % of the declared duration present | "truncated" |
 | at least 90 % of the declared duration present | what is there |
-| headers damaged, or more than 10 % of the packets undecodable | "corrupt" |
+| headers damaged, more than 10 % of the packets undecodable, or none of the sound | "corrupt" |
 | isolated damage inside frames | the decoder's concealment |
 | no stream of the wanted sort | "no_stream" (sound of a silent video is None instead) |
 | decoding takes longer than the limit | "timeout"; the child is killed and replaced |
