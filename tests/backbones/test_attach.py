@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from omnisieve.backbones import adapter_for, attach
+from omnisieve.backbones import Estimator, adapter_for, attach
 from omnisieve.data.batch import Batch
-from tests.backbones.toys import greedy_reference, norm_compressor, stock_embeds
-from tests.models import PICTURE, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
+from tests.backbones.toys import greedy_reference, learned_toy, norm_compressor, stock_embeds
+from tests.models import HIDDEN, PICTURE, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
 
 STEPS = 6
 MIXED = [[SOUNDING], [SILENT], [SPEECH], [SILENT, Media(grids=2, rows=2, columns=2)]]
@@ -90,10 +90,12 @@ def test_positions_computed_by_the_model_serve_as_well(thinker):
         assert greedy(thinker, inputs, use_audio_in_video=True) == expected
 
 
-@pytest.mark.parametrize("padding_side", ["left"])
-def test_mixed_batch_generates_what_single_samples_do(any_thinker, padding_side):
+@pytest.mark.parametrize("rows", [3, 4])
+def test_mixed_batch_generates_what_single_samples_do(any_thinker, rows):
+    inputs = tiny_inputs(any_thinker, MIXED)
+    inputs["position_ids"] = inputs["position_ids"][-rows:]
     with attach(any_thinker, norm_compressor()) as attachment:
-        together = greedy(any_thinker, tiny_inputs(any_thinker, MIXED, padding_side=padding_side))
+        together = greedy(any_thinker, inputs)
         kept = attachment.last_plan.kept
         alone = [greedy(any_thinker, tiny_inputs(any_thinker, [items]))[0] for items in MIXED]
     assert len(set(kept)) == len(MIXED)  # ragged
@@ -144,19 +146,25 @@ def test_beams_equal_those_of_single_samples(thinker, changes):
 
 
 def test_sampling_is_reproducible_and_returns_several_sequences(thinker):
-    inputs = tiny_inputs(thinker, [[SOUNDING]])
+    inputs = tiny_inputs(thinker, [[SOUNDING], [SPEECH]])
     sampled = []
     with attach(thinker, norm_compressor()):
         for seed in (0, 0, 1):
             torch.manual_seed(seed)
-            attached = thinker.generate(
-                **{k: v for k, v in inputs.items() if "audio" not in k},
-                max_new_tokens=STEPS,
-                do_sample=True,
-                temperature=3.0,
-            )
-            sampled.append(attached.tolist())
+            out = thinker.generate(**inputs, max_new_tokens=STEPS, do_sample=True, temperature=3.0)
+            sampled.append(out.tolist())
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_several_sampled_sequences_of_one_prompt(thinker):
+    inputs = tiny_inputs(thinker, MIXED)
+    with attach(thinker, norm_compressor()) as attachment:
+        attachment.layout = layout_of(thinker, inputs)
+        out = thinker.generate(
+            **merged(thinker, inputs), max_new_tokens=STEPS, do_sample=True, top_k=1, num_return_sequences=2
+        )
+        expected = greedy(thinker, inputs)
+    assert out.tolist() == [tokens for tokens in expected for _ in range(2)]
 
 
 def test_without_cache_every_step_compresses_again(thinker):
@@ -209,3 +217,25 @@ def merged(model, inputs):
     batch = Batch(layout=layout_of(model, inputs), labels=inputs["input_ids"], **inputs)
     embeds = adapter.merge(inputs["input_ids"], adapter.encode(batch))
     return {"inputs_embeds": embeds} | {key: inputs[key] for key in ("attention_mask", "position_ids")}
+
+
+def test_a_training_forward_never_waits_for_the_device():
+    """On the meta device there is nothing to read back, so any wait is an error."""
+    model = tiny_thinker()
+    inputs = tiny_inputs(model, MIXED, padding_side="right")
+    layout = layout_of(model, inputs).to("meta")
+    adapter = adapter_for(model)
+    batch = Batch(layout=layout, labels=inputs["input_ids"], **inputs)
+    features = adapter.encode(batch).to("meta")
+    model.to("meta")
+    compressor = learned_toy(HIDDEN).to("meta")
+    labels = torch.full(inputs["input_ids"].shape, -100, device="meta")
+    for route in ("hard_drop", "masked"):
+        with attach(model, compressor, Estimator(route, 0.5)) as attachment:
+            attachment.generator = torch.Generator()
+            attachment.expect(layout=layout, labels=labels, answer_tokens=7)
+            embeds = adapter.merge(inputs["input_ids"].to("meta"), features)
+            positions = inputs["position_ids"][1:].to("meta")
+            logits = model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits
+        assert logits.shape == (7, model.config.get_text_config().vocab_size)
+        assert attachment.targets.shape == (7,)

@@ -1,6 +1,6 @@
 """Where things are in a stock model: the only code that knows module trees.
 
-Supported is Qwen2.5-Omni of transformers 5.17 to 5.24. Up to 5.22 the towers hang from the thinker and its `model` is
+Supported is Qwen2.5-Omni of transformers 5.17 to 5.24. Up to 5.20 the towers hang from the thinker and its `model` is
 the decoder; later `model` holds towers and decoder.
 """
 

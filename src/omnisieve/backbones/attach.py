@@ -150,7 +150,7 @@ class Attachment:
         return None if rows is None else (take_rows(args[0], rows), *args[1:])
 
     def _on_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        ids, self._flow.input_ids = self._flow.input_ids, None
+        ids, self._flow.input_ids, self._flow.rows = self._flow.input_ids, None, None
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
@@ -301,6 +301,9 @@ def attach(model: nn.Module, compressor: Compressor, estimator: Estimator | None
     Forward and `generate` (greedy, sampling, beams) work as they do without; the logits of a compressed prompt have
     its compressed length. At ratio 1 nothing is touched, bit for bit. Static caches, chunked prefill and assisted
     decoding are refused. In the `masked` route run the backward pass before the next forward.
+
+    Raw media are spread over beams by the stock model, wrongly in 5.17 and 5.18 (videos) and so far in all versions
+    (several sounds per sample): hand in merged embeddings with `Attachment.layout` there.
 
     Args:
         model: see `adapter_for`.

@@ -1,0 +1,72 @@
+"""What the data side must know of a model, handed to it: token rules, processors, and which encoders made a cache."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoProcessor
+
+from omnisieve.backbones.adapter import Adapter, BackboneError
+from omnisieve.config import MediaSection
+from omnisieve.data.dataset import MediaLoader
+from omnisieve.data.feature_cache import FeatureCache
+from omnisieve.data.preprocess import Preprocessor
+
+# Values of each encoder tensor that enter its fingerprint.
+_SAMPLED = 64
+
+
+def media_loader(path: str | Path, adapter: Adapter, media: MediaSection, *, use_cache: bool = True) -> MediaLoader:
+    """The reader of media files for a model.
+
+    Args:
+        path: folder or name of the model, which also holds its processor.
+        adapter: of the loaded model.
+        media: how to sample; `feature_cache` names the cache to read from.
+        use_cache: False decodes even if there is a cache.
+
+    Raises:
+        BackboneError: the folder holds no processor.
+        FeatureCacheError: the cache was made with other settings or encoders.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"{path} holds no processor ({error}); copy the processor's files beside the weights"
+        ) from error
+    preprocessor = Preprocessor(
+        processor, adapter.token_rules(), min_pixels=media.min_pixels, max_pixels=media.max_pixels
+    )
+    loader = MediaLoader(
+        preprocessor,
+        fps=media.fps,
+        max_frames=media.max_frames,
+        audio_seconds=media.audio.max_seconds,
+        decode_seconds=media.decode_seconds,
+    )
+    if use_cache and media.feature_cache is not None:
+        loader.cache = FeatureCache(media.feature_cache, loader.preprocessing(encoder_fingerprint(adapter)))
+    return loader
+
+
+def encoder_fingerprint(adapter: Adapter) -> str:
+    """Identifies the encoders' weights and precision, from a sample of every tensor.
+
+    Training changes every tensor, so a sample tells two trainings apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    for tower in (adapter.audio_tower, adapter.visual):
+        _add(digest, tower)
+    return digest.hexdigest()[:16]
+
+
+def _add(digest: hashlib._Hash, tower: nn.Module) -> None:
+    for name, value in sorted(tower.named_parameters()):
+        flat = value.detach().flatten()
+        sample = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
