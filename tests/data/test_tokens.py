@@ -160,6 +160,8 @@ def stock_ids(runs: list[Run], fps: float) -> np.ndarray:
 )
 def test_tokens_equal_the_stock_processors(make: Callable[[float], list[Run]], fps: float) -> None:
     runs = make(2 / fps)
+    if any(getattr(run, "audio_tokens", 0) for run in runs) and not hasattr(stock_processor(), "load_audio_from_video"):
+        pytest.skip("this version of transformers cannot say which sound belongs to which video")
     np.testing.assert_array_equal(sequence(runs).input_ids, stock_ids(runs, fps))
 
 
