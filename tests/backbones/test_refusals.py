@@ -119,7 +119,6 @@ def test_a_layout_of_another_batch(thinker, inputs):
 def test_media_without_positions(thinker, inputs):
     for name in ("position_ids", "attention_mask"):
         inputs.pop(name)
-    thinker.model.rope_deltas = None
     with attach(thinker, norm_compressor()), pytest.raises(BackboneError, match="pass attention_mask"):
         thinker(**inputs)
 
