@@ -1,1 +1,19 @@
 """Training of compressors with DeepSpeed."""
+
+from omnisieve.training.build import USER_ERRORS, build_trainer
+from omnisieve.training.distributed import Ranks, connect, leave
+from omnisieve.training.errors import CheckpointError, TrainingError
+from omnisieve.training.objective import TrainingModule
+from omnisieve.training.trainer import Trainer
+
+__all__ = [
+    "USER_ERRORS",
+    "CheckpointError",
+    "Ranks",
+    "Trainer",
+    "TrainingError",
+    "TrainingModule",
+    "build_trainer",
+    "connect",
+    "leave",
+]

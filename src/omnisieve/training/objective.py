@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from omnisieve.backbones import Adapter, Attachment, Estimator, adapter_for, attach
 from omnisieve.compressors import Compressor
@@ -27,7 +26,7 @@ class TrainingModule(nn.Module):
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        backbone: nn.Module,
         compressor: Compressor,
         *,
         estimator: Estimator | None = None,
@@ -52,7 +51,7 @@ class TrainingModule(nn.Module):
         self._checkpointing = gradient_checkpointing
         self._attachment: Attachment | None = None
         if gradient_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            self._adapter.thinker.gradient_checkpointing_enable({"use_reentrant": False})
 
     @contextmanager
     def attached(self) -> Iterator[None]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from torch.utils.data import DataLoader
+
+from omnisieve.config import DataSection, TrainSection
 from omnisieve.data.batch import Batch
+from omnisieve.data.collate import collate
+from omnisieve.data.dataset import MediaLoader, OmniDataset
+from omnisieve.data.manifest import Manifest
 from omnisieve.data.sampler import StreamSampler
+from omnisieve.training.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,59 @@ class Streams:
     val: Iterable[tuple[Batch, bool]] | None = None
 
 
+def open_streams(data: DataSection, train: TrainSection, media: MediaLoader, ranks: Ranks) -> Streams:
+    """Read the manifests and lay their clips out for this rank.
+
+    Raises:
+        ManifestError: a manifest cannot be used.
+    """
+    place = {"rank": ranks.rank, "world_size": ranks.world_size}
+    dataset = OmniDataset(Manifest(data.train), media, on_error="replace")
+    sampler = StreamSampler(len(dataset), train.micro_batch_size, seed=train.seed, **place)
+    val = None
+    if data.val is not None:
+        held_out = OmniDataset(Manifest(data.val), media, on_error="replace")
+        shards = val_shards(len(held_out), train.micro_batch_size, **place)
+        counts = [counted for _, counted in shards]
+        val = _Counted(_loader(held_out, [indices for indices, _ in shards], data, ranks), counts)
+    return Streams(_loader(dataset, sampler, data, ranks), sampler, val)
+
+
+def val_shards(size: int, batch_size: int, *, rank: int, world_size: int) -> list[tuple[list[int], bool]]:
+    """One rank's batches of a pass over `size` clips, each with whether it counts.
+
+    Batches go round the ranks; a rank that has none left in the last round repeats the first, uncounted.
+    """
+    batches = [list(range(i, min(i + batch_size, size))) for i in range(0, size, batch_size)]
+    rounds = -(-len(batches) // world_size)
+    places = range(rank, rounds * world_size, world_size)
+    return [(batches[place], True) if place < len(batches) else (batches[0], False) for place in places]
+
+
 def closable(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
     """An iterator whose `close` ends the workers behind it."""
     yield from batches
+
+
+@dataclass(frozen=True)
+class _Counted:
+    batches: Iterable[Batch]
+    counts: Sequence[bool]
+
+    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
+        return zip(self.batches, self.counts, strict=True)
+
+
+def _loader(dataset: OmniDataset, batches: Iterable[list[int]], data: DataSection, ranks: Ranks) -> DataLoader[Batch]:
+    preprocessor = dataset.loader.preprocessor
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=data.workers,
+        collate_fn=partial(
+            collate,
+            pad_token_id=preprocessor.tokenizer.pad_token_id,
+            ids_per_window=preprocessor.rules.ids_per_chunk,
+        ),
+        pin_memory=ranks.device.type != "cpu",
+    )

@@ -1,0 +1,81 @@
+"""From a configuration to a trainer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import get_type_hints
+
+import torch
+
+from omnisieve.artifact import load_compressor
+from omnisieve.backbones import BackboneError, Estimator, adapter_for, load_backbone
+from omnisieve.backbones.media import media_loader
+from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
+from omnisieve.config import ConfigError, TrainConfig, check_fields
+from omnisieve.data.feature_cache import FeatureCacheError
+from omnisieve.data.manifest import ManifestError
+from omnisieve.data.media import MediaError
+from omnisieve.training.distributed import Ranks
+from omnisieve.training.errors import TrainingError
+from omnisieve.training.objective import TrainingModule
+from omnisieve.training.streams import open_streams
+from omnisieve.training.trainer import Trainer
+
+USER_ERRORS = (
+    ConfigError,
+    BackboneError,
+    CompressorError,
+    FeatureCacheError,
+    ManifestError,
+    MediaError,
+    TrainingError,
+)
+"""What a user can cure; their messages need no traceback."""
+
+
+def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
+    """Load the LLM, make or load the compressor, open the data.
+
+    Raises:
+        ConfigError: the compressor's section does not fit its method.
+        BackboneError, CompressorError, ManifestError, FeatureCacheError: what the configuration names is not there or
+            does not fit.
+    """
+    # The same start on every rank.
+    torch.manual_seed(config.train.seed)
+    backbone = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation)
+    adapter = adapter_for(backbone)
+    compressor = make_compressor(config, adapter.hidden_size)
+    media = media_loader(config.model.path, adapter, config.data)
+    module = TrainingModule(
+        backbone,
+        compressor,
+        estimator=Estimator(**asdict(config.train.estimator)),
+        distill_weight=config.train.distill_weight,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+    return Trainer(config, module, open_streams(config.data, config.train, media, ranks), ranks)
+
+
+def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
+    """The compressor to train: fresh, or from `train.init_from`, whose settings the section may change.
+
+    Raises:
+        ConfigError: the method has nothing to train, the section does not fit it, or another one was exported.
+        CompressorError: a value cannot be.
+    """
+    section = dict(config.compressor)
+    method = compressor_type(section.pop("method"))
+    if not method.learned:
+        raise ConfigError(f"compressor.method: {method.name} has no parameters to train")
+    hints = get_type_hints(method.settings_type)
+    allowed = {field.name: hints[field.name] for field in fields(method.settings_type)}
+    settings = check_fields(section, allowed, f"compressor ({method.name})")
+    if config.train.init_from is None:
+        return build_compressor(method.name, hidden_size=hidden_size, **settings)
+    compressor = load_compressor(config.train.init_from, **settings)
+    if compressor.name != method.name:
+        raise ConfigError(
+            f"train.init_from: {config.train.init_from} holds {compressor.name}, compressor.method is {method.name}"
+        )
+    return compressor

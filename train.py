@@ -1,0 +1,47 @@
+"""Train a token compressor.
+
+    deepspeed --num_gpus 2 train.py --config recipes/quickstart.yaml train.lr=1e-3
+    torchrun --nproc_per_node 2 train.py --config recipes/quickstart.yaml
+    python train.py --config recipes/quickstart.yaml
+
+The last is a single process. Without GPUs the processes run on the CPU. `--help` lists every key.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from omnisieve.config import ConfigError, TrainConfig, load_config
+
+
+def main() -> int:
+    """Build, train, close; returns the exit status."""
+    try:
+        config = load_config(TrainConfig, sys.argv[1:])
+    except ConfigError as error:
+        return fail(error)
+    # Imported only now, so that help and mistakes in the configuration show at once.
+    from omnisieve.training import USER_ERRORS, build_trainer, connect, leave
+
+    try:
+        trainer = build_trainer(config, connect())
+        trainer.fit()
+    except USER_ERRORS as error:
+        leave(fail(error))
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
+
+
+def fail(error: Exception) -> int:
+    """Say what is wrong; every rank does, because a launcher ends the others as soon as one is gone."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"train.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
