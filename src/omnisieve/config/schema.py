@@ -30,7 +30,7 @@ class ModelSection:
     """The LLM, frozen, as a stock transformers checkpoint."""
 
     path: str = option(MISSING, "local folder or hub name of the checkpoint")
-    dtype: Literal["bfloat16", "float16", "float32"] = option(
+    dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "of the frozen LLM; bfloat16 halves memory, but is slower than float32 on most CPUs"
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
@@ -176,7 +176,7 @@ class EvalConfig:
     max_new_tokens: int = option(16, "of an answer, decoded greedily")
     limit: int | None = option(None, "only the first clips of the manifest")
     bootstrap: int = option(2000, "resamples behind the 95 % intervals, clustered by clip")
-    seed: int = option(0, "of random selection and bootstrap")
+    seed: int = option(0, "of the bootstrap; methods that draw have a seed among their own fields")
     output_dir: str = option(MISSING, "report.json, the table and the resolved config go here")
 
     def __post_init__(self) -> None:
