@@ -59,12 +59,14 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         resolve_methods([str(tmp_path / "missing")], {})
     with pytest.raises(CompressorError, match="learned: name the folder"):
         resolve_methods(["omnisift"], {})
+    with pytest.raises(CompressorError, match="no compressor is named 'randon'"):
+        resolve_methods(["full"], {"randon": {"seed": 1}})
     with pytest.raises(CompressorError, match="no setting 'ratio'"):
         resolve_methods(["oracle"], {"oracle": {"ratio": 1}})[0].build(0.25)
 
 
 def test_bounds_cannot_be_built_by_name() -> None:
-    assert not {"oracle", "no_media", "by_modality"} & set(list_compressors())
+    assert not {"oracle", "no_media"} & set(list_compressors())
 
 
 def test_evidence_finds_its_tokens(layout: TokenLayout) -> None:
@@ -96,16 +98,3 @@ def test_no_media_keeps_text_only(layout: TokenLayout) -> None:
     plan = method.build(0.0).plan(torch.zeros(2, layout.length, 4), layout)
     assert torch.equal(plan.keep, layout.mask(Modality.TEXT))
     assert plan.kept.tolist() == layout.counts(Modality.TEXT).tolist()
-
-
-def test_by_modality_joins_two_methods(layout: TokenLayout) -> None:
-    joined = build_bound("by_modality", video="random", audio="oracle", retained_ratio=0.25)
-    show_evidence(joined, [EVIDENCE, EVIDENCE])
-    embeds = torch.zeros(2, layout.length, 4)
-    plan = joined.plan(embeds, layout)
-    random = build_compressor("random", retained_ratio=0.25).plan(embeds, layout)
-    video = layout.mask(Modality.VIDEO)
-    assert torch.equal(plan.keep & video, random.keep & video)
-    heard = torch.from_numpy(evidence_mask([EVIDENCE, EVIDENCE], layout)) & layout.mask(Modality.AUDIO)
-    assert plan.keep[heard].all()
-    assert plan.keep.sum(dim=1).tolist() == plan.kept.tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,8 +60,8 @@ class TinyBenchmark:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __iter__(self) -> Iterator[Clip]:
-        return iter(self.clips)
+    def __getitem__(self, index: int) -> Clip:
+        return self.clips[index]
 
     def decode(self, ids: Tensor) -> list[str]:
         return [" ".join(map(str, row)) for row in ids.tolist()]

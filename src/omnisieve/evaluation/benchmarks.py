@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +38,7 @@ class Clip:
 
 
 class Benchmark(Protocol):
-    """Clips with questions, in order, and how an answer is read and judged."""
+    """Clips with questions, and how an answer is read and judged."""
 
     name: str
     pad_token_id: int
@@ -46,8 +46,8 @@ class Benchmark(Protocol):
     def __len__(self) -> int:
         """Number of clips."""
 
-    def __iter__(self) -> Iterator[Clip]:
-        """Read clip by clip."""
+    def __getitem__(self, index: int) -> Clip:
+        """Read one clip; worker processes call this."""
 
     def decode(self, ids: Tensor) -> list[str]:
         """Generated ids [B, N] as texts."""
@@ -75,16 +75,8 @@ class ManifestBenchmark:
     def __len__(self) -> int:
         return len(self._conversations)
 
-    def __iter__(self) -> Iterator[Clip]:
-        return map(self._read, self._conversations)
-
-    def decode(self, ids: Tensor) -> list[str]:
-        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-    def is_correct(self, predicted: str, expected: str) -> bool:
-        return normalise(predicted) == normalise(expected)
-
-    def _read(self, conversation: Conversation) -> Clip:
+    def __getitem__(self, index: int) -> Clip:
+        conversation = self._conversations[index]
         questions = list(conversation.questions())
         try:
             media = self._loader.load(questions[-1])
@@ -96,6 +88,12 @@ class ManifestBenchmark:
             for question in questions
         ]
         return Clip(conversation.id, len(questions), tuple(samples))
+
+    def decode(self, ids: Tensor) -> list[str]:
+        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def is_correct(self, predicted: str, expected: str) -> bool:
+        return normalise(predicted) == normalise(expected)
 
 
 def normalise(text: str) -> str:

@@ -7,14 +7,14 @@ not registered and cannot be attached by name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omnisieve.compressors import Budget, Compressor, CompressorError, Need, Settings, build_compressor
+from omnisieve.compressors import Budget, Compressor, CompressorError, Settings
 from omnisieve.compressors.base import Needs
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.plan import Plan
@@ -56,45 +56,7 @@ class NoMedia(Compressor):
         return Budget(nothing, nothing)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ByModalitySettings(Settings):
-    """Which method selects what; each is a registered name or `oracle`."""
-
-    video: str = "random"
-    audio: str = "random"
-
-
-class ByModality(Compressor):
-    """Video tokens as one method keeps them, audio tokens as another does: shows what each half is worth."""
-
-    name = "by_modality"
-    settings: ByModalitySettings
-    settings_type = ByModalitySettings
-
-    def __init__(self, settings: ByModalitySettings) -> None:
-        super().__init__(settings)
-        ratios = {n: getattr(settings, n) for n in ("retained_ratio", "video_ratio", "audio_ratio", "rounding")}
-        self.video, self.audio = (
-            Oracle(Settings(**ratios)) if name == Oracle.name else build_compressor(name, **ratios)
-            for name in (settings.video, settings.audio)
-        )
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return tuple(dict.fromkeys(self.video.needs + self.audio.needs))
-
-    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
-        """See `Compressor.plan`."""
-        video = self.video.plan(embeds, layout, needs).keep & layout.mask(Modality.VIDEO)
-        audio = self.audio.plan(embeds, layout, needs).keep & layout.mask(Modality.AUDIO)
-        return self.make_plan(layout, video | audio)
-
-    def budget(self, layout: TokenLayout) -> Budget:
-        video, audio = self.video.budget(layout), self.audio.budget(layout)
-        return Budget(video.video, audio.audio, video.exact and audio.exact)
-
-
-BOUNDS: dict[str, type[Compressor]] = {bound.name: bound for bound in (Oracle, NoMedia, ByModality)}
+BOUNDS: dict[str, type[Compressor]] = {bound.name: bound for bound in (Oracle, NoMedia)}
 
 
 def build_bound(name: str, **values: Any) -> Compressor:
@@ -112,9 +74,8 @@ def build_bound(name: str, **values: Any) -> Compressor:
 
 def show_evidence(compressor: Compressor, evidence: Sequence[Evidence]) -> None:
     """Tell a bound what the questions of the next batch are about; nothing else looks at it."""
-    for module in compressor.modules():
-        if isinstance(module, Oracle):
-            module.evidence = evidence
+    if isinstance(compressor, Oracle):
+        compressor.evidence = evidence
 
 
 def evidence_mask(evidence: Sequence[Evidence], layout: TokenLayout) -> np.ndarray:

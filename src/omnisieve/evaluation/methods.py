@@ -73,6 +73,10 @@ def resolve_methods(entries: Sequence[str], settings: Mapping[str, Mapping[str, 
         CompressorError: what an entry names does not exist, or must be trained first.
     """
     methods = [_resolve(entry, dict(settings.get(entry, {}))) for entry in dict.fromkeys(entries)]
+    for key, fields in settings.items():
+        # A recipe may hold settings of methods that are not run, but no misspelt ones.
+        if not (key in entries or "/" in key or "method" in fields or key in BOUNDS):
+            compressor_type(key)
     # All tokens come first, the others are shares of them.
     return sorted(methods, key=lambda method: method.kind != "full")
 

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from omnisieve.backbones import adapter_for, attach
@@ -58,6 +59,7 @@ class Evaluation:
         *,
         clips_per_batch: int = 1,
         max_new_tokens: int = 16,
+        workers: int = 0,
     ) -> None:
         """Build all compressors, so that a mistake in one shows before anything is computed.
 
@@ -68,6 +70,7 @@ class Evaluation:
             ratios: retained ratios asked of each method.
             clips_per_batch: clips whose questions are asked together; memory grows with it.
             max_new_tokens: of an answer.
+            workers: processes that read clips ahead.
 
         Raises:
             CompressorError: a method's settings cannot be.
@@ -76,6 +79,7 @@ class Evaluation:
         self.benchmark = benchmark
         self.clips_per_batch = clips_per_batch
         self.max_new_tokens = max_new_tokens
+        self.workers = workers
         self.results = Results([])
         self._compressors: list[Compressor | None] = []
         for method in methods:
@@ -115,8 +119,8 @@ class Evaluation:
             return None
 
     def _batches(self) -> Iterator[list[Clip]]:
-        """Clips in groups; reading them counts as time of "media"."""
-        clips = iter(self.benchmark)
+        """Clips in groups; waiting for them counts as time of "media"."""
+        clips = iter(DataLoader(cast(Dataset[Clip], self.benchmark), batch_size=None, num_workers=self.workers))
         while True:
             with self._timed("media"):
                 group = list(islice(clips, self.clips_per_batch))
@@ -141,7 +145,7 @@ class Evaluation:
         """Add a batch's answers to `cell`, unless its ratio is, or turns out to be, unreachable."""
         if compressor is None or cell.unreachable is not None:
             return
-        show_evidence(compressor, [meta.get("evidence", {}) for meta in prompt.batch.meta])
+        show_evidence(compressor, [meta["evidence"] for meta in prompt.batch.meta if "evidence" in meta])
         try:
             with (
                 self._timed(f"{cell.method} {cell.retained_ratio:g}"),

@@ -1,0 +1,89 @@
+"""An evaluation from its configuration to its report."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from omnisieve import __version__
+from omnisieve.backbones import adapter_for, load_backbone
+from omnisieve.backbones.media import media_loader
+from omnisieve.config import EvalConfig
+from omnisieve.data.manifest import Manifest
+from omnisieve.evaluation.benchmarks import ManifestBenchmark
+from omnisieve.evaluation.methods import Method, resolve_methods
+from omnisieve.evaluation.report import Cell, make_report
+from omnisieve.evaluation.runner import Evaluation, Results
+
+
+def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
+    """Load the model, ask every question under every method and ratio, and make the report.
+
+    Returns:
+        the content of `report.json`, and what it was made from.
+
+    Raises:
+        CompressorError, BackboneError, ManifestError, FeatureCacheError: something in the configuration cannot be.
+    """
+    methods = resolve_methods(config.methods, config.settings)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation, device)
+    loader = media_loader(config.model.path, adapter_for(model), config.data)
+    evaluation = Evaluation(
+        model,
+        ManifestBenchmark(config.benchmark, Manifest(config.manifest)[: config.limit], loader),
+        methods,
+        config.ratios,
+        clips_per_batch=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        workers=config.data.workers,
+    )
+    results = evaluation.run()
+    report = make_report(
+        results.cells,
+        environment(config, results, str(model.device)),
+        methods={method.label: _describe(method) for method in methods},
+        failures=results.failures,
+        samples=config.bootstrap,
+        seed=config.seed,
+    )
+    return report, results.cells
+
+
+def environment(config: EvalConfig, results: Results, device: str) -> dict[str, Any]:
+    """What a reader must know to repeat the numbers."""
+    data = config.data
+    return {
+        "omnisieve": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else f"{device}, {torch.get_num_threads()} threads",
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "attn_implementation": config.model.attn_implementation,
+        "manifest": config.manifest,
+        "protocol": {
+            "fps": data.fps,
+            "max_frames": data.max_frames,
+            "pixels_per_frame": [data.min_pixels, data.max_pixels],
+            "audio_seconds": data.audio.max_seconds,
+            "prompt": "the manifest's question alone, media first, by the model's chat template",
+            "decoding": f"greedy, at most {config.max_new_tokens} new tokens",
+            "right": "equal to the manifest's answer up to case, punctuation, articles and spacing",
+            "interval": f"95 %, {config.bootstrap} bootstrap draws of whole clips, seed {config.seed}",
+        },
+        **results.guards,
+        "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
+    }
+
+
+def _describe(method: Method) -> dict[str, Any]:
+    described = {"method": method.name, "kind": method.kind, "settings": dict(method.settings), "at": dict(method.at)}
+    return described | ({"folder": str(Path(method.folder))} if method.folder is not None else {})
