@@ -27,10 +27,10 @@ class StvpSettings(Settings):
 
     Attributes:
         audio_novelty: in [0, 1], weight of the dissimilarity to the previous audio token; the rest goes to the
-            dissimilarity to the mean of the window.
+            dissimilarity to the mean of the window. 0 did best on the testbed's validation clips.
     """
 
-    audio_novelty: float = 0.5
+    audio_novelty: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
