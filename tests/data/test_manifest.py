@@ -134,6 +134,20 @@ def test_a_wrong_line_names_file_line_and_key(tmp_path: Path, line: Any, message
     assert str(tmp_path / "m.jsonl") in str(caught.value)
 
 
+def test_unusual_line_separators_are_content(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_bytes(
+        json.dumps({"messages": [user("a\u2028b\x85")]}, ensure_ascii=False).encode() + b"\r\n\n" + b'{"messages": []}'
+    )
+    lines = Manifest(tmp_path / "m.jsonl")
+    assert len(lines) == 2
+    assert lines[0].messages[0]["content"] == "a\u2028b\x85"
+    with pytest.raises(ManifestError, match="line 3, key 'messages'"):
+        lines[-1]
+    (tmp_path / "m.jsonl").write_bytes('{"messages": "ä"}'.encode("latin-1"))
+    with pytest.raises(ManifestError, match="not UTF-8"):
+        Manifest(tmp_path / "m.jsonl")
+
+
 def test_missing_and_empty_manifests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no such manifest"):
         Manifest(tmp_path / "none.jsonl")

@@ -97,7 +97,7 @@ class Conversation:
 
 
 class Manifest(Sequence[Conversation]):
-    """A manifest file. Lines live in a memory-mapped Arrow table and are parsed when asked for."""
+    """A manifest file. Lines live in one Arrow column, which forked workers share, and are parsed when asked for."""
 
     def __init__(self, path: str | Path) -> None:
         """
@@ -105,30 +105,33 @@ class Manifest(Sequence[Conversation]):
             path: JSON lines; empty lines are skipped.
 
         Raises:
-            ManifestError: the file is missing or has no lines. A wrong line is reported when it is read, or by
+            ManifestError: the file is missing, is not UTF-8 or has no lines. A wrong line is reported when it is read, or by
                 `check`.
         """
         self.path = Path(path)
         if not self.path.is_file():
             raise ManifestError(f"{path}: there is no such manifest; give the path of a JSONL file")
-        # As text: typed columns would force one schema on contents that are strings here and lists there.
-        table = datasets.load_dataset(
-            "text", data_files=str(self.path), split="train", keep_linebreaks=False, encoding="utf-8"
-        )
-        lines = [number for number, text in enumerate(table["text"]) if text.strip()]
+        try:
+            with self.path.open(encoding="utf-8") as file:
+                lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"{path}: the manifest is not UTF-8 ({error}); save it as such") from error
         if not lines:
             raise ManifestError(f"{path}: the manifest has no lines")
-        self._table, self._lines = table, lines
+        # As text: typed columns would force one schema on contents that are strings here and lists there. From
+        # memory: `load_dataset` would write a second copy to disk and count the call on a server.
+        numbers, texts = zip(*lines, strict=True)
+        self._table = datasets.Dataset.from_dict({"line": numbers, "text": texts})
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._table)
 
     def __getitem__(self, index: Any) -> Any:
         """The conversation at `index` (or those of a slice); raises `ManifestError` for a wrong line."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        line = self._lines[index]
-        return _parse(self._table[line]["text"], self.path, line + 1)
+        row = self._table[int(index)]
+        return _parse(row["text"], self.path, row["line"])
 
     def check(self) -> None:
         """Read every line; raises `ManifestError` at the first wrong one."""
