@@ -86,6 +86,4 @@ def make_layout(*specs: LayoutSpec, padding_side: str = "right", length: int | N
 
 def _audio(spec: LayoutSpec, window: int, item: int, stream: int) -> list[tuple[int, ...]]:
     step = max(50 // max(spec.audio_per_window, 1), 1)
-    return [
-        (Modality.AUDIO, item, 0, 0, j, 50 * window + step * j, stream) for j in range(spec.audio_per_window)
-    ]
+    return [(Modality.AUDIO, item, 0, 0, j, 50 * window + step * j, stream) for j in range(spec.audio_per_window)]

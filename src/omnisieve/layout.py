@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ class TokenLayout:
         if length < longest:
             raise ValueError(f"length {length} is shorter than the longest sample ({longest} tokens)")
         names = [f.name for f in fields(TokenMap)]
-        maps = {name: np.full((len(samples), length), -1, dtype=np.int64) for name in (*names, "window")}
+        maps: dict[str, Any] = {name: np.full((len(samples), length), -1) for name in (*names, "window")}
         maps["modality"].fill(Modality.PADDING)
         for row, sample in enumerate(samples):
             place = slice(0, len(sample)) if padding_side == "right" else slice(length - len(sample), length)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from omnisieve.layout import Modality, TokenLayout
-from omnisieve.ops.estimators import sample_candidates
 from omnisieve.ops.budget import round_count
+from omnisieve.ops.estimators import sample_candidates
 
 PaddingSide = Literal["left", "right"]
 

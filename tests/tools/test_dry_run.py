@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import pytest
-
 from tools import dry_run
 
 RECIPE = "recipes/omnisift_qwen2_5_omni_7b.yaml"
 
 
 @pytest.mark.parametrize(("shapes", "frozen"), [("qwen2_5_omni_7b", "8,931,813,888")])
-def test_one_step_of_the_7b_recipe_on_real_shapes(
-    shapes: str, frozen: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_step_of_the_7b_recipe_on_real_shapes(shapes: str, frozen: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run.main(["--config", RECIPE, "--shapes", shapes, "--seconds", "30"]) == 0
     printed = capsys.readouterr().out
     assert frozen in printed

@@ -1,13 +1,12 @@
-"""Loading a stock backbone from a local folder."""
+"""Loading a stock backbone."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import PretrainedConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnisieve.backbones.adapter import BackboneError
 
@@ -24,27 +23,26 @@ def load_backbone(
     """The stock thinker, frozen and in eval mode.
 
     Args:
-        path: folder of a thinker, or of a whole Qwen2.5-Omni, of which only the thinker is loaded.
+        path: folder or hub name of a thinker, or of a whole Qwen2.5-Omni, of which only the thinker is loaded.
         dtype: of the weights. The rotary frequencies stay float32, which casting a loaded model would not do.
         attn_implementation: "sdpa", "eager" or "flash_attention_2".
         device: where to; the CPU when None.
 
     Raises:
-        BackboneError: there is no such folder, or it holds another model.
+        BackboneError: there is no such model, or it is another one.
     """
     if dtype not in ("float32", "bfloat16"):
         raise BackboneError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'")
-    config_file = Path(path) / "config.json"
-    if not config_file.is_file():
+    try:
+        model_type = PretrainedConfig.get_config_dict(str(path))[0].get("model_type")
+    except OSError as error:
         raise BackboneError(
-            f"{path} holds no config.json: give the local folder that the model was downloaded to (hub names are not "
-            "resolved)"
-        )
-    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+            f"{path} is neither a folder with a config.json nor a model that the hub, or its local cache, has: {error}"
+        ) from error
     if model_type not in MODEL_TYPES:
-        raise BackboneError(f"{config_file} describes a {model_type!r}; supported are {', '.join(MODEL_TYPES)}")
+        raise BackboneError(f"{path} is a {model_type!r}; supported are {', '.join(MODEL_TYPES)}")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(str(path), local_files_only=True, **options)
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(str(path), **options)
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)
