@@ -97,7 +97,7 @@ class Conversation:
 
 
 class Manifest(Sequence[Conversation]):
-    """A manifest file. Lines live in one Arrow column, which forked workers share, and are parsed when asked for."""
+    """A manifest file. Lines live in one Arrow column, which forked workers share; each is parsed when read."""
 
     def __init__(self, path: str | Path) -> None:
         """
@@ -105,8 +105,8 @@ class Manifest(Sequence[Conversation]):
             path: JSON lines; empty lines are skipped.
 
         Raises:
-            ManifestError: the file is missing, is not UTF-8 or has no lines. A wrong line is reported when it is read, or by
-                `check`.
+            ManifestError: the file is missing, is not UTF-8 or has no lines. A wrong line is reported when it is
+                read, or by `check`.
         """
         self.path = Path(path)
         if not self.path.is_file():
