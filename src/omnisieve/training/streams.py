@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -76,9 +77,9 @@ class _Counted:
         return zip(self.batches, self.counts, strict=True)
 
 
-def _loader(dataset: OmniDataset, batches: Iterable[list[int]], data: DataSection, ranks: Ranks) -> DataLoader[Batch]:
+def _loader(dataset: OmniDataset, batches: Iterable[list[int]], data: DataSection, ranks: Ranks) -> Iterable[Batch]:
     preprocessor = dataset.loader.preprocessor
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=data.workers,
@@ -89,3 +90,4 @@ def _loader(dataset: OmniDataset, batches: Iterable[list[int]], data: DataSectio
         ),
         pin_memory=ranks.device.type != "cpu",
     )
+    return loader
