@@ -10,14 +10,19 @@ import torch
 import transformers
 
 from omnisieve import __version__
-from omnisieve.backbones import adapter_for, load_backbone
+from omnisieve.backbones import BackboneError, adapter_for, load_backbone
 from omnisieve.backbones.media import media_loader
-from omnisieve.config import EvalConfig
-from omnisieve.data.manifest import Manifest
+from omnisieve.compressors import CompressorError
+from omnisieve.config import ConfigError, EvalConfig
+from omnisieve.data.feature_cache import FeatureCacheError
+from omnisieve.data.manifest import Manifest, ManifestError
 from omnisieve.evaluation.benchmarks import ManifestBenchmark
 from omnisieve.evaluation.methods import Method, resolve_methods
 from omnisieve.evaluation.report import Cell, make_report
 from omnisieve.evaluation.runner import Evaluation, Results
+
+USER_ERRORS = (ConfigError, BackboneError, CompressorError, FeatureCacheError, ManifestError)
+"""What a user can cure; their messages need no traceback."""
 
 
 def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
@@ -27,7 +32,8 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
         the content of `report.json`, and what it was made from.
 
     Raises:
-        CompressorError, BackboneError, ManifestError, FeatureCacheError: something in the configuration cannot be.
+        BackboneError, CompressorError, FeatureCacheError, ManifestError: what the configuration names is not there or
+            does not fit.
     """
     methods = resolve_methods(config.methods, config.settings)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
