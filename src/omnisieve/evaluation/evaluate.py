@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omnisieve.compressors import CompressorError
 from omnisieve.config import ConfigError, EvalConfig
 from omnisieve.data.feature_cache import FeatureCacheError
 from omnisieve.data.manifest import Manifest, ManifestError
-from omnisieve.evaluation.benchmarks import ManifestBenchmark
+from omnisieve.evaluation.benchmarks import Benchmark, ManifestBenchmark
 from omnisieve.evaluation.methods import Method, resolve_methods
 from omnisieve.evaluation.report import Cell, make_report
 from omnisieve.evaluation.runner import Evaluation, Results
@@ -36,19 +37,8 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
             does not fit.
     """
     methods = resolve_methods(config.methods, config.settings)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation, device)
-    loader = media_loader(config.model.path, adapter_for(model), config.data)
-    evaluation = Evaluation(
-        model,
-        ManifestBenchmark(config.benchmark, Manifest(config.manifest)[: config.limit], loader),
-        methods,
-        config.ratios,
-        clips_per_batch=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-        workers=config.data.workers,
-    )
-    results = evaluation.run()
+    model, benchmark = open_benchmark(config)
+    results = run(config, model, benchmark, methods)
     report = make_report(
         results.cells,
         environment(config, results, str(model.device)),
@@ -58,6 +48,28 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
         seed=config.seed,
     )
     return report, results.cells
+
+
+def open_benchmark(config: EvalConfig) -> tuple[Any, ManifestBenchmark]:
+    """The model, on the accelerator where there is one, and the manifest's clips read as it wants them."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation, device)
+    loader = media_loader(config.model.path, adapter_for(model), config.data)
+    return model, ManifestBenchmark(config.benchmark, Manifest(config.manifest)[: config.limit], loader)
+
+
+def run(config: EvalConfig, model: Any, benchmark: Benchmark, methods: Sequence[Method]) -> Results:
+    """Ask every question of `benchmark` under `methods`."""
+    evaluation = Evaluation(
+        model,
+        benchmark,
+        methods,
+        config.ratios,
+        clips_per_batch=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        workers=config.data.workers,
+    )
+    return evaluation.run()
 
 
 def environment(config: EvalConfig, results: Results, device: str) -> dict[str, Any]:
