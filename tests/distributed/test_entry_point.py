@@ -1,0 +1,148 @@
+"""`train.py` as users start it, on real clips and the shipped LLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from omnisieve.data.synthetic import manifest_text, write_clip
+
+ROOT = Path(__file__).parents[2]
+CLIPS = {"train": 4, "val": 3}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "videos").mkdir()
+    for split, count in CLIPS.items():
+        for index in range(count):
+            write_clip(("a", split, index, str(folder / "videos")))
+        (folder / f"{split}.jsonl").write_text(manifest_text("a", split, count))
+    return folder
+
+
+def arguments(clips: Path, output_dir: Path, *overrides: str) -> list[str]:
+    """Of a run of two steps that decodes and encodes its clips."""
+    settings = {
+        "data.train": clips / "train.jsonl",
+        "data.val": clips / "val.jsonl",
+        "data.feature_cache": "null",
+        "data.workers": 0,
+        "train.max_steps": 2,
+        "train.micro_batch_size": 1,
+        "output_dir": output_dir,
+    }
+    return ["--config", "recipes/quickstart.yaml", *(f"{k}={v}" for k, v in settings.items()), *overrides]
+
+
+def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in places}
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    variables = {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
+    """Exit status and output; the process does not outlive the test."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def train(*words: str) -> tuple[int, str]:
+    return finish(start([sys.executable, "train.py", *words]))
+
+
+def two_ranks(*words: str) -> list[tuple[int, str]]:
+    """Both ranks without a launcher in between, so that each one's exit status is seen."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        start([sys.executable, "train.py", *words], RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", **address)
+        for rank in "01"
+    ]
+    return [finish(rank) for rank in ranks]
+
+
+def assert_complete(output_dir: Path, steps: int) -> None:
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == steps
+    assert "val/loss" in records[-1]
+    for name in ("last", "best"):
+        assert load_file(output_dir / name / "compressor.safetensors")
+
+
+def test_a_single_process_needs_no_launcher(clips: Path, tmp_path: Path):
+    status, output = train(*arguments(clips, tmp_path / "run"))
+    assert status == 0, output
+    assert_complete(tmp_path / "run", 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.learning_rate=1", "unknown key 'train.learning_rate'"),
+        ("train.resume=nowhere", "nowhere is no checkpoint"),
+    ],
+)
+def test_mistakes_end_with_one_message(clips: Path, tmp_path: Path, override: str, told: str):
+    status, output = train(*arguments(clips, tmp_path / "run", override))
+    assert status == 1
+    (message,) = (line for line in output.splitlines() if line.startswith("train.py: "))
+    assert told in message
+    assert "Traceback" not in output
+
+
+def test_help_names_every_key_without_a_configuration():
+    status, output = train("--help")
+    assert status == 0
+    assert "train.estimator.route" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [("deepspeed.launcher.runner", "--num_gpus", "2"), ("torch.distributed.run", "--nproc_per_node", "2")],
+    ids=["deepspeed", "torchrun"],
+)
+def test_launchers(clips: Path, tmp_path: Path, launcher: tuple[str, ...]):
+    command = [sys.executable, "-m", *launcher, "train.py", *arguments(clips, tmp_path / "run")]
+    status, output = finish(start(command))
+    assert status == 0, output
+    assert_complete(tmp_path / "run", 2)
+
+
+@pytest.mark.slow
+def test_25_and_25_steps_are_50(clips: Path, tmp_path: Path):
+    options = ("train.max_steps=50", "train.eval_every=25", "train.estimator.candidates=0.5")
+    for folder, *more in (("whole",), ("parts", "train.stop_at=25"), ("parts",)):
+        for status, output in two_ranks(*arguments(clips, tmp_path / folder, *options, *more)):
+            assert status == 0, output
+    whole, parts = (load_file(tmp_path / folder / "last" / "compressor.safetensors") for folder in ("whole", "parts"))
+    assert max(float((whole[name] - parts[name]).abs().max()) for name in whole) == 0
+
+
+@pytest.mark.slow
+def test_60_of_60_runs_end_well(clips: Path, tmp_path: Path):
+    """Library threads abort now and then at exit; a run that did its work must still exit with 0."""
+    ends = []
+    for number in range(60):
+        options = ("train.eval_every=0", "train.save_every=0")
+        ends += two_ranks(*arguments(clips, tmp_path / str(number), *options))
+    bad = [output[-2000:] for status, output in ends if status != 0]
+    assert not bad, f"{len(bad)} of {len(ends)} processes: {bad[0]}"
+    assert len(ends) == 120

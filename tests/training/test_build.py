@@ -1,0 +1,61 @@
+"""From the compressor's section of a configuration to a compressor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from omnisieve.artifact import save_compressor
+from omnisieve.compressors import CompressorError, build_compressor
+from omnisieve.config import ConfigError
+from omnisieve.training.build import make_compressor
+from tests.models import HIDDEN
+from tests.training.runs import OMNISIFT, make_config
+
+
+def make(tmp_path: Path, section: dict, **train):
+    config = make_config(tmp_path, **train)
+    config.compressor = section
+    return make_compressor(config, HIDDEN)
+
+
+def test_fields_reach_the_method(tmp_path: Path):
+    compressor = make(tmp_path, {**OMNISIFT, "retained_ratio": 0.35, "video_pruner": "similarity"})
+    assert compressor.name == "omnisift"
+    assert compressor.settings.retained_ratio == 0.35
+    assert compressor.pruner is None
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"method": "omnisft", "retained_ratio": 0.25}, "omnisift"),
+        ({**OMNISIFT, "widht": 32}, "width"),
+        ({**OMNISIFT, "width": "wide"}, "width"),
+        ({"method": "random", "retained_ratio": 0.25}, "no parameters to train"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, section: dict, told: str):
+    with pytest.raises((ConfigError, CompressorError), match=told):
+        make(tmp_path, section)
+
+
+def test_init_from_takes_weights_and_changed_settings(tmp_path: Path):
+    fields = {name: value for name, value in OMNISIFT.items() if name != "method"}
+    exported = build_compressor("omnisift", hidden_size=HIDDEN, **fields)
+    folder = save_compressor(exported, tmp_path / "exported")
+    section = {"method": "omnisift", "retained_ratio": 0.5}
+    loaded = make(tmp_path, section, init_from=str(folder))
+    assert loaded.settings.retained_ratio == 0.5
+    assert loaded.settings.width == 16
+    for name, value in exported.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_init_from_another_method_is_refused(tmp_path: Path):
+    folder = save_compressor(build_compressor("random", retained_ratio=0.25), tmp_path / "exported")
+    with pytest.raises(ConfigError, match="holds random"):
+        make(tmp_path, {"method": "omnisift"}, init_from=str(folder))

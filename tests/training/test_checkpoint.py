@@ -1,0 +1,139 @@
+"""Checkpoints are whole or absent, and refused when they do not fit."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omnisieve.training.checkpoint import CheckpointStore
+from omnisieve.training.errors import CheckpointError
+
+
+@dataclass
+class Alone:
+    """The only rank, without a process group."""
+
+    rank: int = 0
+    world_size: int = 1
+    is_first: bool = True
+
+    def barrier(self) -> None:
+        pass
+
+
+@dataclass
+class Engine:
+    """Stands for DeepSpeed's: writes one file, notes what it loads, dies when told to."""
+
+    fails: bool = False
+    loaded: list[Path] = field(default_factory=list)
+
+    def save_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
+        path = Path(folder) / tag
+        path.mkdir()
+        (path / "states.pt").write_text("weights")
+        if self.fails:
+            raise KeyboardInterrupt
+
+    def load_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
+        self.loaded.append(Path(folder) / tag)
+
+
+def make_store(folder: Path, *, limit: int = 2, ranks: int = 1, width: int = 16) -> CheckpointStore:
+    return CheckpointStore(folder, Alone(world_size=ranks), identity={"compressor": {"width": width}}, limit=limit)
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("checkpoint-*"))
+
+
+def test_latest_is_found_and_gives_the_state_back(tmp_path: Path):
+    store, engine = make_store(tmp_path), Engine()
+    store.save(engine, 9, {"best_loss": 0.5})
+    path = store.save(engine, 10, {"best_loss": 0.25})
+    assert store.find("auto") == path
+    state = store.load(engine, path)
+    assert (state["step"], state["best_loss"]) == (10, 0.25)
+    assert engine.loaded == [path / "engine"]
+
+
+def test_infinite_loss_survives(tmp_path: Path):
+    store = make_store(tmp_path)
+    assert store.load(Engine(), store.save(Engine(), 1, {"best_loss": float("inf")}))["best_loss"] == float("inf")
+
+
+def test_only_the_newest_are_kept(tmp_path: Path):
+    store = make_store(tmp_path, limit=2)
+    for step in (8, 9, 10):
+        store.save(Engine(), step, {})
+    assert steps(tmp_path) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_a_save_that_dies_leaves_the_last_checkpoint(tmp_path: Path):
+    store = make_store(tmp_path)
+    first = store.save(Engine(), 1, {})
+    with pytest.raises(KeyboardInterrupt):
+        store.save(Engine(fails=True), 2, {})
+    assert store.find("auto") == first
+    assert steps(tmp_path) == ["checkpoint-1"]
+    assert store.save(Engine(), 2, {}) == store.find("auto")
+
+
+def test_a_step_is_saved_again_after_going_back(tmp_path: Path):
+    store = make_store(tmp_path)
+    for step in (1, 2, 1):
+        path = store.save(Engine(), step, {"round": step})
+    assert store.find("auto") == path
+    assert path.name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("name", ["engine/states.pt", "random_state_rank_0.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_damage_is_found_before_anything_is_loaded(tmp_path: Path, name: str, damage: str):
+    store, engine = make_store(tmp_path), Engine()
+    path = store.save(engine, 1, {})
+    if damage == "changed":
+        (path / name).write_bytes((path / name).read_bytes() + b" ")
+    else:
+        (path / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        store.load(engine, path)
+    assert engine.loaded == []
+
+
+@pytest.mark.parametrize(("changed", "told"), [({"ranks": 2}, "number of ranks 1"), ({"width": 32}, "compressor")])
+def test_another_run_is_refused(tmp_path: Path, changed: dict[str, int], told: str):
+    path = make_store(tmp_path).save(Engine(), 1, {})
+    engine = Engine()
+    with pytest.raises(CheckpointError, match=told):
+        make_store(tmp_path, **changed).load(engine, path)
+    assert engine.loaded == []
+
+
+def test_what_resume_means(tmp_path: Path):
+    store = make_store(tmp_path)
+    assert store.find("auto") is None
+    path = store.save(Engine(), 1, {})
+    assert store.find("never") is None
+    assert store.find(str(path)) == path
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        store.find(str(tmp_path / "nowhere"))
+
+
+def test_random_generators_go_on_where_they_were(tmp_path: Path):
+    def draw() -> tuple[float, ...]:
+        return random.random(), float(np.random.rand()), float(np.random.randn()), float(torch.rand(()))
+
+    store = make_store(tmp_path)
+    np.random.randn()  # leaves a cached second value behind
+    path = store.save(Engine(), 1, {})
+    expected = draw()
+    assert draw() != expected
+    store.load(Engine(), path)
+    assert draw() == expected
