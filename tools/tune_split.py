@@ -21,7 +21,7 @@ from omnisieve.evaluation.metrics import accuracy
 from omnisieve.layout import Modality
 
 PROPORTIONS = {0.35: 65 / 30, 0.25: 55 / 20, 0.15: 45 / 10, 0.10: 35 / 6}
-"""Kept share of audio / kept share of video by total ratio, as SEATS (table 7) sets them for all methods; others take the nearest."""
+"""Kept share of audio / kept share of video, by total ratio, as SEATS sets them (table 7); others take the nearest."""
 
 
 def main(argv: list[str]) -> int:
