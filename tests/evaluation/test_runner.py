@@ -15,7 +15,7 @@ from omnisieve.data.media import MediaError
 from omnisieve.evaluation.benchmarks import Clip
 from omnisieve.evaluation.guards import MediaGuard
 from omnisieve.evaluation.methods import resolve_methods
-from omnisieve.evaluation.prompts import generate, make_prompt
+from omnisieve.evaluation.prompts import generate, make_prompts
 from omnisieve.evaluation.runner import Evaluation, Results
 from tests.evaluation.tiny import TinyBenchmark, tiny_clip
 from tests.models import PAD, tiny_thinker
@@ -39,8 +39,8 @@ def evaluate(model: nn.Module, clips: list[Clip], entries: list[str], ratios: li
     return Evaluation(model, TinyBenchmark(clips), methods, ratios, **options).run()
 
 
-def predictions(results: Results) -> list[list[str]]:
-    return [[answer.predicted for answer in cell.answers] for cell in results.cells]
+def predictions(results: Results) -> list[dict[str, str]]:
+    return [{answer.question: answer.predicted for answer in cell.answers} for cell in results.cells]
 
 
 def from_raw_media(model: nn.Module, clip: Clip, question: int, ratio: float) -> list[int]:
@@ -57,16 +57,22 @@ def from_raw_media(model: nn.Module, clip: Clip, question: int, ratio: float) ->
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
 def test_answers_equal_those_from_raw_media(model: nn.Module, clips: list[Clip], ratio: float) -> None:
     results = evaluate(model, clips, ["random"], [ratio])
-    expected = [from_raw_media(model, clip, q, ratio) for clip in clips for q in range(clip.n_questions)]
-    assert predictions(results) == [[" ".join(map(str, ids)) for ids in expected]]
-    assert len({tuple(ids) for ids in expected}) > 1
+    expected = {
+        f"{clip.id}/{q}": " ".join(map(str, from_raw_media(model, clip, q, ratio)))
+        for clip in clips
+        for q in range(clip.n_questions)
+    }
+    assert predictions(results) == [expected]
+    assert len(set(expected.values())) > 1
 
 
-def test_prompt_without_compressor_is_the_stock_model(model: nn.Module, clips: list[Clip]) -> None:
+def test_prompts_without_compressor_are_the_stock_model(model: nn.Module, clips: list[Clip]) -> None:
     adapter = adapter_for(model)
-    prompt = make_prompt(adapter, [clips[0].questions], pad_token_id=PAD)
-    written = generate(adapter, prompt, TOKENS)
-    assert written.tolist() == [from_raw_media(model, clips[0], q, 1.0) for q in range(2)]
+    prompts = make_prompts(adapter, [clips[1]], pad_token_id=PAD)
+    assert len(prompts) == 3  # three questions of three lengths
+    written = [generate(adapter, prompt, TOKENS)[0].tolist() for prompt in prompts]
+    assert written == [from_raw_media(model, clips[1], q, 1.0) for q in range(3)]
+    assert not adapter.lm_head._forward_pre_hooks
 
 
 def test_batching_changes_no_answer(model: nn.Module, clips: list[Clip]) -> None:

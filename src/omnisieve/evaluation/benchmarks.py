@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,18 +17,19 @@ from torch import Tensor
 
 from omnisieve.data.batch import Sample
 from omnisieve.data.dataset import MediaLoader
-from omnisieve.data.manifest import Conversation
+from omnisieve.data.manifest import Conversation, ManifestError
 from omnisieve.data.media import MediaError
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip with its questions.
+    """One clip with questions about it.
 
     Attributes:
-        id: of the manifest line.
+        id: the same wherever the media are the same.
         n_questions: how many there are, also when the clip cannot be read.
-        questions: prompts without answers; `meta` holds `answer`, `turn`, and `family` where questions have kinds.
+        questions: prompts without answers; `id` and `meta["turn"]` identify one, `meta["answer"]` answers it,
+            `meta["family"]` is its kind if there are kinds.
         error: why there are no questions.
     """
 
@@ -64,10 +66,18 @@ class ManifestBenchmark:
         Args:
             name: in the report.
             conversations: e.g. a `Manifest`; lines without a question are skipped.
-            loader: reads the media of each clip once for all its questions.
+            loader: reads the media of each line once for all its questions.
+
+        Raises:
+            ManifestError: no questions, or two lines have the same id.
         """
         self.name = name
         self._conversations = [c for c in conversations if any(True for _ in c.questions())]
+        ids = Counter(c.id for c in self._conversations)
+        if not ids:
+            raise ManifestError(f"{name}: the manifest has no user turn that is followed by an answer")
+        if ids.most_common(1)[0][1] > 1:
+            raise ManifestError(f"{name}: two lines have the id {ids.most_common(1)[0][0]!r}; ids must be unique")
         self._loader = loader
         self._tokenizer = loader.preprocessor.tokenizer
         self.pad_token_id = int(self._tokenizer.pad_token_id)
@@ -78,16 +88,17 @@ class ManifestBenchmark:
     def __getitem__(self, index: int) -> Clip:
         conversation = self._conversations[index]
         questions = list(conversation.questions())
+        clip = " ".join(str(part.path) for part in conversation.media) or conversation.id
         try:
             media = self._loader.load(questions[-1])
         except MediaError as error:
-            return Clip(conversation.id, len(questions), error=error)
+            return Clip(clip, len(questions), error=error)
         # A question sees the media of its own turn and of those before it.
         samples = [
             self._loader.sample(question, media[: len(question.media)], generation_prompt=True)
             for question in questions
         ]
-        return Clip(conversation.id, len(questions), tuple(samples))
+        return Clip(clip, len(questions), tuple(samples))
 
     def decode(self, ids: Tensor) -> list[str]:
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)

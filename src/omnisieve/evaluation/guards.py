@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from omnisieve.backbones import Adapter
-from omnisieve.data.batch import Sample
-from omnisieve.evaluation.prompts import make_prompt, next_token_logits
+from omnisieve.evaluation.benchmarks import Clip
+from omnisieve.evaluation.prompts import make_prompts, next_token_logits
 from omnisieve.layout import Modality
 
 _log = logging.getLogger(__name__)
@@ -33,18 +33,18 @@ class MediaGuard:
     pad_token_id: int
     found: dict[str, dict[str, float | bool] | None] = field(default_factory=lambda: dict.fromkeys(_TESTS))
 
-    def look(self, clips: Sequence[Sequence[Sample]]) -> None:
+    def look(self, clips: Sequence[Clip]) -> None:
         """Take a question of `clips` for the tests that still wait for one."""
         for test, modality in _TESTS.items():
-            question = next((q for q, *_ in clips if (q.tokens.modality == modality).any()), None)
-            if self.found[test] is None and question is not None:
-                change = self._change(question, modality)
+            clip = next((c for c in clips if (c.questions[-1].tokens.modality == modality).any()), None)
+            if self.found[test] is None and clip is not None:
+                change = self._change(replace(clip, questions=clip.questions[-1:]), modality)
                 self.found[test] = {"passed": change > 0, "largest_logit_change": change}
                 if not change > 0:
                     _log.warning("%s failed: the model ignores %s", test.replace("_", " "), modality.name.lower())
 
-    def _change(self, question: Sample, modality: Modality) -> float:
-        prompt = make_prompt(self.adapter, [[question]], pad_token_id=self.pad_token_id)
+    def _change(self, clip: Clip, modality: Modality) -> float:
+        (prompt,) = make_prompts(self.adapter, [clip], pad_token_id=self.pad_token_id)
         name = modality.name.lower()
         reversed_ = replace(prompt.features, **{name: getattr(prompt.features, name).flip(0)})
         before = next_token_logits(self.adapter, prompt)

@@ -1,8 +1,9 @@
-"""Questions of clips as one left-padded prompt, and the stock `generate` on it."""
+"""Questions of clips as prompts with their media merged in, and the stock `generate` on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -14,18 +15,21 @@ from omnisieve.backbones import Adapter
 from omnisieve.compressors import Need
 from omnisieve.data.batch import Batch, Features, Sample
 from omnisieve.data.collate import collate
+from omnisieve.evaluation.benchmarks import Clip
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Questions that are asked together, with their media merged in.
+    """Questions that are asked together, all S tokens long.
 
     Attributes:
-        batch: what was collated, left-padded to S, with encoder outputs instead of pixels and mel spectrograms.
+        clips: [B], the clip that each question is about.
+        batch: what was collated, with encoder outputs instead of pixels and mel spectrograms.
         embeds: [B, S, D].
         needs: encoder statistics that any method declared, [B, S] each.
     """
 
+    clips: tuple[str, ...]
     batch: Batch
     embeds: Tensor
     needs: Mapping[Need, Tensor]
@@ -44,28 +48,39 @@ class Prompt:
         )
 
 
-def make_prompt(
-    adapter: Adapter, clips: Sequence[Sequence[Sample]], *, pad_token_id: int, needs: Sequence[Need] = ()
-) -> Prompt:
-    """Run the encoders once per clip and put all questions into one batch.
+def make_prompts(
+    adapter: Adapter, clips: Sequence[Clip], *, pad_token_id: int, needs: Sequence[Need] = ()
+) -> list[Prompt]:
+    """Run the encoders once per clip and put the questions into batches of equal length.
+
+    Equal length, because attention without padding needs no mask, and its kernels are faster without one.
 
     Args:
-        adapter: of the model; the prompt is made on its device.
-        clips: per clip its questions, about the clip's media or the first few of them.
+        adapter: of the model; the prompts are made on its device.
+        clips: with questions about all of the clip's media or the first few of them.
         pad_token_id: of the tokenizer.
         needs: statistics to take from the encoders.
     """
     device = adapter.thinker.device
     pad = partial(collate, pad_token_id=pad_token_id, ids_per_window=adapter.token_rules().ids_per_chunk)
-    samples: list[Sample] = []
-    for questions in clips:
-        for _, group in groupby(questions, key=_media_items):
-            first, *others = group
-            features = adapter.encode(pad([first]).to(device), needs)
-            samples += [replace(q, features=features, videos=(), images=(), audios=()) for q in (first, *others)]
-    batch = pad(samples, padding_side="left").to(device)
-    features = batch.features or Features()
-    return Prompt(batch, adapter.merge(batch.input_ids, features), adapter.needs(features, batch.layout, needs))
+    samples: list[tuple[str, Sample]] = []
+    for clip in clips:
+        for _, group in groupby(clip.questions, key=_media_items):
+            questions = list(group)
+            features = adapter.encode(pad(questions[:1]).to(device), needs)
+            samples += [(clip.id, replace(q, features=features, videos=(), images=(), audios=())) for q in questions]
+    prompts = []
+    for _, equally_long in groupby(sorted(samples, key=_length), key=_length):
+        names, same_length = zip(*equally_long, strict=True)
+        batch = pad(same_length).to(device)
+        features = batch.features or Features()
+        embeds = adapter.merge(batch.input_ids, features)
+        prompts.append(Prompt(names, batch, embeds, adapter.needs(features, batch.layout, needs)))
+    return prompts
+
+
+def _length(entry: tuple[str, Sample]) -> int:
+    return len(entry[1].input_ids)
 
 
 def _media_items(question: Sample) -> int:
@@ -74,15 +89,26 @@ def _media_items(question: Sample) -> int:
 
 def generate(adapter: Adapter, prompt: Prompt, max_new_tokens: int) -> Tensor:
     """New token ids [B, <= max_new_tokens], greedily; rows that end early are filled with the padding id."""
-    ids = prompt.batch.input_ids
-    written = adapter.thinker.generate(**_inputs(prompt), max_new_tokens=max_new_tokens, **_GREEDY)
-    return written[:, ids.shape[1] :]
+    with _last_logits_only(adapter):
+        written = adapter.thinker.generate(**_inputs(prompt), max_new_tokens=max_new_tokens, **_GREEDY)
+    return written[:, prompt.batch.input_ids.shape[1] :]
 
 
 def next_token_logits(adapter: Adapter, prompt: Prompt) -> Tensor:
     """Logits [B, V] of the first token of each answer."""
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-    return adapter.thinker.generate(**_inputs(prompt), **options, **_GREEDY).logits[0]
+    with _last_logits_only(adapter):
+        return adapter.thinker.generate(**_inputs(prompt), **options, **_GREEDY).logits[0]
+
+
+@contextmanager
+def _last_logits_only(adapter: Adapter) -> Iterator[None]:
+    """Run the head on the last position only; the stock prefill runs it on all, gigabytes at a real vocabulary."""
+    hook = adapter.lm_head.register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # A checkpoint's own generation settings may sample or penalise repetition.
@@ -91,11 +117,11 @@ _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 def _inputs(prompt: Prompt) -> dict[str, Tensor]:
     batch = prompt.batch
-    sequence = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    # `generate` carries the sequence's own ids before the three rope rows.
+    sequence = torch.arange(batch.layout.length, device=batch.input_ids.device).expand(1, len(batch), -1)
     return {
         "input_ids": batch.input_ids,
         "inputs_embeds": prompt.embeds,
         "attention_mask": batch.attention_mask,
-        # `generate` carries the sequence's own ids before the three rope rows.
-        "position_ids": torch.cat([sequence[None], batch.position_ids]),
+        "position_ids": torch.cat([sequence, batch.position_ids]),
     }

@@ -25,9 +25,10 @@ from omnisieve.evaluation.bounds import show_evidence
 from omnisieve.evaluation.guards import MediaGuard
 from omnisieve.evaluation.methods import Method
 from omnisieve.evaluation.metrics import Answer
-from omnisieve.evaluation.prompts import Prompt, generate, make_prompt
+from omnisieve.evaluation.prompts import Prompt, generate, make_prompts
 from omnisieve.evaluation.report import Cell
 from omnisieve.layout import MEDIA
+from omnisieve.plan import Plan
 
 
 @dataclass
@@ -98,15 +99,14 @@ class Evaluation:
                 readable = [clip for clip in clips if clip.error is None]
                 self._note_failures([clip for clip in clips if clip.error is not None])
                 if readable:
-                    questions = [clip.questions for clip in readable]
                     with self._timed("media"):
-                        guard.look(questions)
-                        prompt = make_prompt(
-                            self.adapter, questions, pad_token_id=self.benchmark.pad_token_id, needs=needs
+                        guard.look(readable)
+                        prompts = make_prompts(
+                            self.adapter, readable, pad_token_id=self.benchmark.pad_token_id, needs=needs
                         )
-                    clip_ids = [clip.id for clip in readable for _ in clip.questions]
                     for cell, compressor in zip(self.results.cells, self._compressors, strict=True):
-                        self._ask(cell, compressor, prompt, clip_ids)
+                        for prompt in prompts:
+                            self._ask(cell, compressor, prompt)
                 bar.update(len(clips))
         return self.results
 
@@ -141,7 +141,7 @@ class Evaluation:
         seconds = self.results.seconds
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def _ask(self, cell: Cell, compressor: Compressor | None, prompt: Prompt, clip_ids: Sequence[str]) -> None:
+    def _ask(self, cell: Cell, compressor: Compressor | None, prompt: Prompt) -> None:
         """Add a batch's answers to `cell`, unless its ratio is, or turns out to be, unreachable."""
         if compressor is None or cell.unreachable is not None:
             return
@@ -158,24 +158,24 @@ class Evaluation:
             cell.answers.clear()
             return
         assert attachment.last_plan is not None  # every prompt is planned
-        layout = prompt.batch.layout
-        kept = attachment.last_plan.measured(layout)
-        tokens = zip(
-            *(values.tolist() for values in (kept["video"], kept["audio"])),
-            *(layout.counts(modality).tolist() for modality in MEDIA),
-            strict=True,
-        )
-        rows = zip(clip_ids, prompt.batch.meta, self.benchmark.decode(written), tokens, strict=True)
-        for clip, meta, prediction, (kept_video, kept_audio, video, audio) in rows:
+        self._record(cell, prompt, attachment.last_plan, self.benchmark.decode(written))
+
+    def _record(self, cell: Cell, prompt: Prompt, plan: Plan, predictions: Sequence[str]) -> None:
+        batch = prompt.batch
+        kept = plan.measured(batch.layout)
+        kept_counts = zip(kept["video"].tolist(), kept["audio"].tolist(), strict=True)
+        counts = zip(*(batch.layout.counts(modality).tolist() for modality in MEDIA), strict=True)
+        rows = zip(batch.ids, prompt.clips, batch.meta, predictions, kept_counts, counts, strict=True)
+        for line, clip, meta, predicted, kept_tokens, tokens in rows:
             cell.answers.append(
                 Answer(
-                    question=f"{clip}/{meta['turn']}",
+                    question=f"{line}/{meta['turn']}",
                     clip=clip,
                     family=str(meta.get("family", "all")),
                     expected=meta["answer"],
-                    predicted=prediction,
-                    correct=self.benchmark.is_correct(prediction, meta["answer"]),
-                    kept=(kept_video, kept_audio),
-                    present=(video, audio),
+                    predicted=predicted,
+                    correct=self.benchmark.is_correct(predicted, meta["answer"]),
+                    kept=kept_tokens,
+                    present=tokens,
                 )
             )

@@ -1,0 +1,110 @@
+"""From mp4 files and a configuration to a report, with the shipped backbone."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from omnisieve.config import EvalConfig
+from omnisieve.data.manifest import ManifestError
+from omnisieve.data.synthetic import manifest_text, write_clip
+from omnisieve.evaluation.benchmarks import ManifestBenchmark, normalise
+from omnisieve.evaluation.evaluate import evaluate, open_benchmark
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips of the testbed, each with its first four questions, and a third whose file is cut short."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "videos").mkdir()
+    names = [write_clip(("a", "val", index, str(folder / "videos"))) for index in range(3)]
+    lines = [json.loads(line) for line in manifest_text("a", "val", 3).splitlines()]
+    for line in lines:
+        line["messages"] = line["messages"][:8]
+    (folder / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    broken = folder / "videos" / names[2]
+    broken.write_bytes(broken.read_bytes()[:5000])
+    return folder / "val.jsonl"
+
+
+@pytest.fixture
+def config(manifest: Path, tmp_path: Path) -> EvalConfig:
+    config = EvalConfig(
+        manifest=str(manifest), methods=["random", "full", "oracle"], ratios=[0.25], output_dir=str(tmp_path / "out")
+    )
+    config.model.path = str(ROOT / "data" / "testbed" / "backbone")
+    config.model.dtype = "float32"
+    config.data.workers = 0
+    config.max_new_tokens = 4
+    return config
+
+
+def test_report_of_real_files(config: EvalConfig) -> None:
+    report, _ = evaluate(config)
+    rows = report["rows"]
+    assert [(row["method"], row["retained_ratio"]) for row in rows] == [
+        ("full", 1.0),
+        ("random", 0.25),
+        ("oracle", 0.25),
+    ]
+    for row in rows:
+        assert (row["n_questions"], row["n_clips"], row["n_failures"]) == (8, 2, 4)
+        assert row["measured_ratio"]["total"] == pytest.approx(row["retained_ratio"], abs=0.01)
+    assert len(report["failures"]) == 1
+    assert "truncated" in report["failures"][0]["error"]
+    assert report["environment"]["hearing_test"]["passed"]
+    assert report["environment"]["seeing_test"]["passed"]
+    assert json.loads(json.dumps(report))["methods"]["random"]["kind"] == "training-free"
+
+
+def test_questions_are_asked_alone(config: EvalConfig) -> None:
+    """A prompt holds the media, its own question and no other question or answer."""
+    _, benchmark = open_benchmark(config)
+    clip = benchmark[0]
+    asked = benchmark.decode(clip.questions[2].input_ids[None])[0]
+    assert clip.questions[2].meta["question"] in asked
+    assert not any(q.meta["question"] in asked for q in clip.questions if q.meta["turn"] != 2)
+    assert asked.rstrip().endswith("assistant")
+
+
+def test_lines_with_the_same_id_are_refused(config: EvalConfig) -> None:
+    _, benchmark = open_benchmark(config)
+    lines = benchmark._conversations
+    with pytest.raises(ManifestError, match="two lines have the id"):
+        ManifestBenchmark("twice", [*lines, lines[0]], benchmark._loader)
+
+
+def test_command_line(config: EvalConfig, manifest: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = [
+        "eval.py", "--config", "recipes/eval_testbed.yaml", f"manifest={manifest}", "methods=[no_media]", "limit=1",
+        "data.workers=0", f"output_dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path("eval.py", run_name="__main__")
+    assert stop.value.code == 0
+    assert "| no_media | 0% |" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "eval.yaml", "predictions.jsonl", "report.json", "report.md",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("predicted", "expected", "same"),
+    [
+        ("Red.", "red", True),
+        ("the  Ring", "ring", True),
+        ("reds", "red", False),
+        ("", "red", False),
+        ("no", "know", False),
+    ],
+)
+def test_answers_are_compared_as_words(predicted: str, expected: str, same: bool) -> None:
+    assert (normalise(predicted) == normalise(expected)) == same
