@@ -24,7 +24,7 @@ MAY_USE: dict[str, set[str]] = {
     "config": set(),
     "data": {"layout"},
     "artifact": BELOW_BACKBONES,
-    "backbones": BELOW_BACKBONES | {"data"},
+    "backbones": BELOW_BACKBONES | {"config", "data"},
     "training": BELOW_TRAINING,
     "evaluation": BELOW_TRAINING,
     "__init__": BELOW_TRAINING | {"training", "evaluation"},
