@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from omnisieve.backbones import adapter_for
-from omnisieve.data.batch import Batch
+from omnisieve.data.batch import Batch, Features
 from tests.models import SILENT, SOUNDING, SPEECH, Media, tiny_inputs
 
 # Clips that all differ; what a clip holds depends on nothing but its entry here.
@@ -39,7 +39,7 @@ def make_batch(model: nn.Module, samples: Sequence[Sequence[Media]]) -> Batch:
     return Batch(**inputs | {"position_ids": rope}, labels=labels, layout=layout, answer_tokens=answer_tokens)
 
 
-def cached(model: nn.Module, batch: Batch) -> Batch:
+def with_features(batch: Batch, features: Features | None) -> Batch:
     """The batch as it comes from a feature cache."""
     media = ("pixel_values_videos", "pixel_values", "input_features", "feature_attention_mask")
-    return replace(batch, features=adapter_for(model).encode(batch), **dict.fromkeys(media))
+    return replace(batch, features=features, **dict.fromkeys(media))

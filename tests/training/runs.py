@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from omnisieve.backbones import Estimator
+from omnisieve.backbones import Estimator, adapter_for
 from omnisieve.compressors import build_compressor
 from omnisieve.config import DataSection, ModelSection, TrainConfig, TrainSection
-from omnisieve.data.batch import Batch
+from omnisieve.data.batch import Batch, Features
 from omnisieve.data.sampler import StreamSampler
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.streams import Streams
 from omnisieve.training.trainer import Trainer
 from tests.models import HIDDEN, tiny_thinker
-from tests.training.batches import CLIPS, cached, make_batch
+from tests.training.batches import CLIPS, make_batch, with_features
 
 OMNISIFT = {"method": "omnisift", "retained_ratio": 0.25, "width": 16, "heads": 2, "pruner_channels": 8}
 VAL_BATCHES = 3  # an odd number: of two ranks, one has nothing left in the last round
@@ -57,18 +56,21 @@ def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     return Trainer(config, module, Streams(train, sampler, val), ranks)
 
 
-@dataclass
 class Loader:
-    """Batches of `CLIPS` in the sampler's order."""
+    """Batches of `CLIPS` in the sampler's order; encoded beforehand, because ZeRO-3 shards the encoders, too."""
 
-    backbone: nn.Module
-    sampler: StreamSampler
+    def __init__(self, backbone: nn.Module, sampler: StreamSampler) -> None:
+        self.sampler = sampler
+        self._backbone = backbone
+        adapter = adapter_for(backbone)
+        self._features = [adapter.encode(make_batch(backbone, [clip])) for clip in CLIPS]
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.batch, self.sampler)
 
     def batch(self, clips: Sequence[int]) -> Batch:
-        return cached(self.backbone, make_batch(self.backbone, [CLIPS[clip] for clip in clips]))
+        batch = make_batch(self._backbone, [CLIPS[clip] for clip in clips])
+        return with_features(batch, Features.join([self._features[clip] for clip in clips]))
 
 
 def compressor_of(trainer: Trainer) -> dict[str, torch.Tensor]:

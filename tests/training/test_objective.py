@@ -14,7 +14,7 @@ from omnisieve.data.batch import Batch
 from omnisieve.layout import Modality
 from omnisieve.training.objective import TrainingModule
 from tests.models import HIDDEN, tiny_thinker
-from tests.training.batches import ANSWER_PLACES, CLIPS, cached, make_batch
+from tests.training.batches import ANSWER_PLACES, CLIPS, make_batch, with_features
 
 ROUTES = [Estimator("masked"), Estimator("masked", 0.5), Estimator("hard_drop")]
 
@@ -68,7 +68,8 @@ def test_one_batch_of_four_is_four_batches_of_one(backbone: nn.Module):
 
 def test_cached_features_are_online_encoding(backbone: nn.Module):
     module, batch = make_module(backbone, distill_weight=0.5), make_batch(backbone, CLIPS[:4])
-    torch.testing.assert_close(gradients(module, [batch]), gradients(module, [cached(backbone, batch)]))
+    cached = with_features(batch, adapter_for(backbone).encode(batch))
+    torch.testing.assert_close(gradients(module, [batch]), gradients(module, [cached]))
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing():

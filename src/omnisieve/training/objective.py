@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from omnisieve.backbones import Adapter, Attachment, Estimator, adapter_for, attach
 from omnisieve.compressors import Compressor
 from omnisieve.data.batch import Batch, Features
+from omnisieve.data.tokens import IGNORED
 from omnisieve.layout import Modality
-
-IGNORED = -100
 
 
 class TrainingModule(nn.Module):
