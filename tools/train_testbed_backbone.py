@@ -2,8 +2,8 @@
 
     python tools/train_testbed_backbone.py OUT [--scale 1.0] [--workers 2] [--seed 0]
 
-1. Towers: dense clips (a shape in every third cell), written as mp4 and decoded; each token's output is pulled to a
-   mix of concept vectors, those of words being also the first word embeddings.
+1. Towers: dense clips (an event or a card in every second cell), written as mp4 and decoded; each token's output is
+   pulled to a mix of concept vectors, those of words being also the first word embeddings.
 2. Features: clips of the `backbone` split through the frozen towers, once.
 3. Language model: answers from kept media tokens, from few to all of them, with dense heads on inner states.
 4. The weights are rounded to bf16, measured on the val split, and saved with processor and configuration.
@@ -49,12 +49,12 @@ class Recipe:
     dense_clips: tuple[int, int] = (360, 120)
     """Clips of domain a and b that the towers see."""
     tower_steps: int = 450
-    clips: tuple[int, int] = (1760, 640)
+    clips: tuple[int, int] = (1440, 480)
     """Clips of domain a and b that the language model sees."""
     phases: tuple[Phase, ...] = (
         Phase(steps=500, batch=16, ratio=(0.08, 0.25), questions=9, lr=1.5e-3),
-        Phase(steps=500, batch=16, ratio=(0.08, 0.5), questions=9, lr=1.5e-3),
-        Phase(steps=400, batch=8, ratio=(0.15, 1.0), questions=9, lr=1.2e-3, final_lr=0.02, auxiliary=0.2),
+        Phase(steps=300, batch=16, ratio=(0.08, 0.5), questions=9, lr=1.5e-3),
+        Phase(steps=300, batch=8, ratio=(0.15, 1.0), questions=9, lr=1.2e-3, final_lr=0.02, auxiliary=0.2),
     )
 
 

@@ -65,8 +65,23 @@ def test_video_evidence_is_where_the_shape_is_seen(domain: str) -> None:
         near = np.abs(frames[:, y : y + CELL, x : x + CELL] - COLOUR_VALUES[event.colour]).max(-1) < 35
         share = near.mean((1, 2)).reshape(-1, 2).min(1)
         assert share[event.second] > 0.08
-        textured = {t.second for t in clip.textures if (t.row, t.column) == (event.row, event.column)}
-        assert event.second not in textured
+        others = {(d.second, d.row, d.column) for d in (*clip.textures, *clip.cards)}
+        assert (event.second, event.row, event.column) not in others
+
+
+def test_cards_look_like_events_but_for_their_tile_and_change_every_second() -> None:
+    for clip in (make_clip(domain, "val", i) for domain in "ab" for i in range(5)):
+        low, high = clip.domain.cards
+        per_second = [[c for c in clip.cards if c.second == s] for s in range(12)]
+        assert all(low <= len(cards) <= high for cards in per_second)
+        assert {c.shape for c in clip.cards} >= {e.shape for e in clip.events}
+        assert {c.colour for c in clip.cards} >= {e.colour for e in clip.events}
+        cells = [{(c.row, c.column) for c in cards} for cards in per_second]
+        assert all(cells[s] != cells[s + 1] for s in range(11))
+        frames = draw_frames(clip).astype(float)
+        for card in clip.cards:
+            edge = frames[2 * card.second, card.row * CELL + 2, card.column * CELL + 2 : card.column * CELL + 26]
+            assert np.median(np.abs(edge - card.tint)) < 20
 
 
 def test_audio_evidence_is_where_the_beep_sounds() -> None:

@@ -12,6 +12,7 @@ from omnisieve.data.synthetic import DOMAINS, Clip, make_clip
 from omnisieve.data.synthetic.world import (
     AUDIO_TOKENS,
     CALLS,
+    CARD_TINTS,
     CELLS,
     COLOURS,
     NUMBERS,
@@ -20,19 +21,24 @@ from omnisieve.data.synthetic.world import (
     SHAPES,
     TONES,
     Call,
+    Card,
     Event,
 )
 
 TEXTURES = tuple(sorted({kind for domain in DOMAINS.values() for kind in domain.textures}))
 VIDEO_CONCEPTS = ("empty", "object", "texture", *TEXTURES)
 TINTS = tuple(f"tint{i}" for i in range(6))
+TILE_TINTS = tuple(f"tile tint{i}" for i in range(3))
 AUDIO_CONCEPTS = ("hum", "beep", "call sound", *(f"chirp{i}" for i in range(8)))
 TIMBRES = tuple(f"timbre of {shape}" for shape in SHAPES)
+
+OBJECT, CARD, CARD_TINT, TEXTURE_TINT = 0.3, 0.2, 1.0, 1.0
+"""Weights of concepts in what the vision tower is taught; they decide how isolated events are among distractors."""
 
 HEADS = {
     "colour": COLOURS,
     "shape": SHAPES,
-    "cell": ("empty", "object", *TEXTURES),
+    "cell": ("empty", "object", "card", *TEXTURES),
     "tone": TONES,
     "timbre": TIMBRES,
     "call": CALLS,
@@ -45,7 +51,7 @@ HEADS = {
 def concept_names() -> list[str]:
     """Return the names of all concept vectors: words of the language first, then what only the towers know."""
     words = [*COLOURS, *SHAPES, *TONES, *CALLS, *REGISTERS, *NUMBERS]
-    return [*words, *VIDEO_CONCEPTS, *TINTS, *AUDIO_CONCEPTS, *TIMBRES]
+    return [*words, *VIDEO_CONCEPTS, *TINTS, *AUDIO_CONCEPTS, *TIMBRES, "card", *TILE_TINTS]
 
 
 def video_targets(clip: Clip, concepts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,17 +64,25 @@ def video_targets(clip: Clip, concepts: dict[str, Tensor]) -> tuple[Tensor, dict
         i = (t.second * CELLS + t.row) * CELLS + t.column
         kind = clip.domain.textures[t.kind]
         tint = sum((v / 127.5 - 1) * concepts[name] for v, name in zip(t.tints, TINTS, strict=True))
-        target[i] = _mix((concepts["texture"], 0.3), (concepts[kind], 0.6), (tint, 0.5))  # type: ignore[arg-type]
+        target[i] = _mix((concepts["texture"], 0.3), (concepts[kind], 0.6), (tint, TEXTURE_TINT))  # type: ignore[arg-type]
         labels["cell"][i] = HEADS["cell"].index(kind)
-    for e in clip.events:
-        i = (e.second * CELLS + e.row) * CELLS + e.column
-        target[i] = _mix(
-            (concepts[COLOURS[e.colour]], 1.0),
-            (concepts[SHAPES[e.shape]], 1.0),
-            (concepts["object"], 0.4),
-            (concepts["empty"], 0.03),
+    for thing in (*clip.events, *clip.cards):
+        i = (thing.second * CELLS + thing.row) * CELLS + thing.column
+        named = (concepts[COLOURS[thing.colour]], 1.0), (concepts[SHAPES[thing.shape]], 1.0)
+        if isinstance(thing, Event):
+            kind = "object"
+            target[i] = _mix(*named, (concepts[kind], OBJECT))
+        else:
+            kind = "card"
+            low, high = CARD_TINTS
+            values = [2 * (v - low) / (high - low) - 1 for v in thing.tint]
+            tint = sum(v * concepts[name] for v, name in zip(values, TILE_TINTS, strict=True))
+            target[i] = _mix(*named, (concepts[kind], CARD), (tint, CARD_TINT))  # type: ignore[arg-type]
+        labels["cell"][i], labels["colour"][i], labels["shape"][i] = (
+            HEADS["cell"].index(kind),
+            thing.colour,
+            thing.shape,
         )
-        labels["cell"][i], labels["colour"][i], labels["shape"][i] = 1, e.colour, e.shape
     return target, labels
 
 
@@ -108,15 +122,19 @@ def _mix(*parts: tuple[Tensor, float]) -> Tensor:
 
 
 def dense_picture(domain: str, index: int) -> Clip:
-    """Return a clip whose picture has a shape in every third cell, for the warm-up of the vision tower."""
+    """Return a clip whose picture has an event or a card in every second cell, for the warm-up of the vision tower."""
     clip, rng = _dense_base(domain, index)
-    events = []
-    for second, row, column in np.argwhere(rng.random((SECONDS, CELLS, CELLS)) < 0.33):
-        colour, shape = int(rng.integers(len(COLOURS))), int(rng.integers(len(SHAPES)))
-        events.append(Event(int(second), int(row), int(column), colour, shape, tone=0, token=0, length=0))
-    cells = {(e.second, e.row, e.column) for e in events}
+    events, cards = [], []
+    for second, row, column in np.argwhere(rng.random((SECONDS, CELLS, CELLS)) < 0.5):
+        cell, colour, shape = (int(second), int(row), int(column)), *rng.integers((len(COLOURS), len(SHAPES))).tolist()
+        if rng.random() < 0.5:
+            events.append(Event(*cell, colour, shape, tone=0, token=0, length=0))
+        else:
+            red, green, blue = rng.integers(*CARD_TINTS, 3).tolist()
+            cards.append(Card(*cell, colour, shape, (red, green, blue)))
+    cells = {(thing.second, thing.row, thing.column) for thing in (*events, *cards)}
     textures = tuple(t for t in clip.textures if (t.second, t.row, t.column) not in cells)
-    return replace(clip, events=tuple(events), textures=textures)
+    return replace(clip, events=tuple(events), cards=tuple(cards), textures=textures)
 
 
 def dense_sound(domain: str, index: int) -> Clip:

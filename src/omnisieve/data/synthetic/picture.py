@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from omnisieve.data.synthetic.world import CELLS, SECONDS, SHAPES, Clip, Event
+from omnisieve.data.synthetic.world import CELLS, SECONDS, SHAPES, Card, Clip, Event
 
 CELL = 28
 SIZE = CELLS * CELL
@@ -30,8 +30,10 @@ def draw_frames(clip: Clip) -> np.ndarray:
     noise = np.rint(rng.normal(0, NOISE, (SIZE, SIZE, 3))).astype(np.float32)
     shifts = rng.integers(0, SIZE, (SECONDS * FRAMES_PER_SECOND, 2))
     _draw_textures(seconds, clip)
+    for card in clip.cards:
+        _draw_card(seconds, card, clip.domain.card_style, rng)
     for event in clip.events:
-        _draw_event(seconds, event, rng)
+        _draw_shape(seconds, event, rng)
     frames = np.repeat(seconds, FRAMES_PER_SECOND, axis=0)
     for i, shift in enumerate(shifts):
         frames[i] += np.roll(noise, tuple(shift), axis=(0, 1))
@@ -50,13 +52,26 @@ def _draw_textures(seconds: np.ndarray, clip: Clip) -> None:
     cells[tuple(where.T)] = tints[:, 0] * (1 - pattern) + tints[:, 1] * pattern
 
 
-def _draw_event(seconds: np.ndarray, event: Event, rng: np.random.Generator) -> None:
-    """Paint one coloured shape, slightly moved, scaled and tinted, over the background of its cell."""
+def _draw_card(seconds: np.ndarray, card: Card, style: str, rng: np.random.Generator) -> None:
+    """Paint a light tile, or a light frame, and a coloured shape on it."""
+    y, x = card.row * CELL, card.column * CELL
+    cell = seconds[card.second, y : y + CELL, x : x + CELL]
+    if style == "tile":
+        cell[1:-1, 1:-1] = card.tint
+    else:
+        inner = cell[3:-3, 3:-3].copy()
+        cell[1:-1, 1:-1] = card.tint
+        cell[3:-3, 3:-3] = inner
+    _draw_shape(seconds, card, rng)
+
+
+def _draw_shape(seconds: np.ndarray, thing: Event | Card, rng: np.random.Generator) -> None:
+    """Paint one coloured shape, slightly moved, scaled and tinted, over its cell."""
     shift, scale = rng.uniform(-1.5, 1.5, 2), rng.uniform(0.85, 1.0)
-    mask = shape_mask(event.shape, (float(shift[0]), float(shift[1])), float(scale))[..., None]
-    colour = COLOUR_VALUES[event.colour] + rng.uniform(-20, 20, 3).astype(np.float32)
-    y, x = event.row * CELL, event.column * CELL
-    cell = seconds[event.second, y : y + CELL, x : x + CELL]
+    mask = shape_mask(thing.shape, (float(shift[0]), float(shift[1])), float(scale))[..., None]
+    colour = COLOUR_VALUES[thing.colour] + rng.uniform(-20, 20, 3).astype(np.float32)
+    y, x = thing.row * CELL, thing.column * CELL
+    cell = seconds[thing.second, y : y + CELL, x : x + CELL]
     cell[:] = cell * (1 - mask) + colour * mask
 
 

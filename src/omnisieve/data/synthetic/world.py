@@ -3,7 +3,8 @@
 A clip is 12 s long. In four of its seconds a coloured shape is visible in one cell of the picture while a beep
 sounds somewhere in the same second; the *timbre* of that beep belongs to the shape, so that only what is on
 screen tells it from the off-screen beeps around it. Two calls (short sweeps) are for the ear alone. Everything
-else (textured cells, off-screen beeps, chirps, background) is a distractor that no question asks about.
+else is a distractor that no question asks about: textured cells, picture cards (coloured shapes like those of the
+events, but on a tile or in a frame, and silent), off-screen beeps, chirps, background.
 
 Units: a cell is one merged video token (28 x 28 pixels), a grid one second of two frames, an audio token 40 ms.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 
 SECONDS = 12
 CELLS = 6
@@ -29,6 +30,9 @@ CALLS = ("whistle", "siren", "howl", "trill", "buzz", "croak")
 REGISTERS = ("deep", "low", "high", "shrill")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
 
+CARD_TINTS = (120, 256)
+"""Range of the RGB values of a card's tile or frame."""
+
 SPLITS = ("train", "val", "test", "backbone")
 """`backbone` clips train the small LLM itself; the other three are for compressors."""
 
@@ -41,7 +45,11 @@ class Domain:
     seed: int
     textures: tuple[str, ...]
     clutter: float
-    """Share of the cells that show a texture in each second."""
+    """Share of the cells without a card that show a texture in each second."""
+    cards: tuple[int, int]
+    """Cells that show a picture card in each second."""
+    card_style: str
+    """`tile`: the shape on a light tinted tile; `frame`: on the background, in such a frame."""
     background: tuple[int, int]
     """Brightness of the empty background, 0..255."""
     off_screen_beeps: tuple[int, int]
@@ -60,7 +68,9 @@ DOMAINS = {
         name="a",
         seed=11,
         textures=("stripes", "bars", "checks", "dots", "noise", "waves"),
-        clutter=0.28,
+        clutter=0.2,
+        cards=(10, 14),
+        card_style="tile",
         background=(50, 110),
         off_screen_beeps=(5, 8),
         chirps=(3, 5),
@@ -73,7 +83,9 @@ DOMAINS = {
         name="b",
         seed=12,
         textures=("diagonals", "bricks", "noise", "rings", "ramps", "waves"),
-        clutter=0.36,
+        clutter=0.3,
+        cards=(9, 13),
+        card_style="frame",
         background=(90, 150),
         off_screen_beeps=(6, 9),
         chirps=(2, 4),
@@ -139,6 +151,19 @@ class Texture:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A coloured shape that is only a picture: as isolated among its neighbours as an event, but never asked about."""
+
+    second: int
+    row: int
+    column: int
+    colour: int
+    shape: int
+    tint: tuple[int, int, int]
+    """RGB of its tile or frame, always light."""
+
+
+@dataclass(frozen=True)
 class Clip:
     """Everything that is seen and heard in one clip."""
 
@@ -149,6 +174,7 @@ class Clip:
     beeps: tuple[Beep, ...]
     calls: tuple[Call, ...]
     chirps: tuple[Chirp, ...]
+    cards: tuple[Card, ...]
     textures: tuple[Texture, ...]
 
     def rng(self, stream: int) -> np.random.Generator:
@@ -183,8 +209,8 @@ def make_clip(domain: str, split: str, index: int) -> Clip:
     seed = (WORLD_VERSION, spec.seed, SPLITS.index(split), index)
     rng = np.random.default_rng(np.random.SeedSequence((*seed, 0)))
     events, beeps, calls, chirps = _draw_sounds(spec, rng)
-    textures = _draw_textures(spec, rng, events)
-    return Clip(f"{domain}_{split}_{index:05d}", spec, seed, events, beeps, calls, chirps, textures)
+    cards, textures = _draw_distractors(spec, rng, events)
+    return Clip(f"{domain}_{split}_{index:05d}", spec, seed, events, beeps, calls, chirps, cards, textures)
 
 
 def _draw_sounds(
@@ -208,6 +234,8 @@ def _draw_sounds(
         n_beep = int(rng.integers(spec.off_screen_beeps[0], spec.off_screen_beeps[1] + 1))
         n_chirp = int(rng.integers(spec.chirps[0], spec.chirps[1] + 1))
         beep_lengths = 1 + (rng.random(n_event + n_beep) < spec.two_token_beeps).astype(int)
+        while beep_lengths.sum() + 2 * n_call + n_chirp > AUDIO_TOKENS_PER_SECOND - 1:
+            beep_lengths[beep_lengths.argmax()] = 1
         lengths = np.concatenate([beep_lengths, np.full(n_call, 2), np.ones(n_chirp, dtype=int)])
         first = second * AUDIO_TOKENS_PER_SECOND
         starts = first + _place(lengths, min(AUDIO_TOKENS_PER_SECOND, AUDIO_TOKENS - first), rng)
@@ -249,13 +277,24 @@ def _place(lengths: np.ndarray, room: int, rng: np.random.Generator) -> np.ndarr
     return starts
 
 
-def _draw_textures(spec: Domain, rng: np.random.Generator, events: tuple[Event, ...]) -> tuple[Texture, ...]:
-    """Draw the textured cells of every second, sparing the cells that show a shape."""
+def _draw_distractors(
+    spec: Domain, rng: np.random.Generator, events: tuple[Event, ...]
+) -> tuple[tuple[Card, ...], tuple[Texture, ...]]:
+    """Draw the cards and textures of every second, sparing the cells that show a shape."""
     taken = {(e.second, e.row, e.column) for e in events}
+    cards: list[Card] = []
     textures: list[Texture] = []
-    for second, row, column in zip(*np.nonzero(rng.random((SECONDS, CELLS, CELLS)) < spec.clutter), strict=True):
-        kind, variant = int(rng.integers(len(spec.textures))), int(rng.integers(8))
-        tints = tuple(int(v) for v in rng.integers(0, 256, 6))
-        if (second, row, column) not in taken:
-            textures.append(Texture(int(second), int(row), int(column), kind, variant, tints))  # type: ignore[arg-type]
-    return tuple(textures)
+    for second in range(SECONDS):
+        cells = [(second, i // CELLS, i % CELLS) for i in rng.permutation(CELLS**2).tolist()]
+        cells = [cell for cell in cells if cell not in taken]
+        n = int(rng.integers(spec.cards[0], spec.cards[1] + 1))
+        for cell in cells[:n]:
+            red, green, blue = rng.integers(*CARD_TINTS, 3).tolist()
+            colour, shape = int(rng.integers(len(COLOURS))), int(rng.integers(len(SHAPES)))
+            cards.append(Card(*cell, colour, shape, (red, green, blue)))
+        for cell in cells[n:]:
+            if rng.random() < spec.clutter:
+                kind, variant = int(rng.integers(len(spec.textures))), int(rng.integers(8))
+                a, b, c, d, e, f = rng.integers(0, 256, 6).tolist()
+                textures.append(Texture(*cell, kind, variant, (a, b, c, d, e, f)))
+    return tuple(cards), tuple(textures)
