@@ -1,0 +1,24 @@
+"""No number in a document that its result file does not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools import update_tables
+
+
+def test_documents_are_up_to_date() -> None:
+    assert update_tables.main(["--check"]) == 0
+
+
+def test_a_changed_number_is_noticed_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("a\n<!-- table: r.json -->\n| 99 |\n<!-- end of table -->\nb\n")
+    (tmp_path / "r.json").write_text('{"rows": [], "comparisons": [], "unreachable": [], "failures": []}')
+    monkeypatch.setattr(update_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(update_tables, "DOCUMENTS", ("README.md",))
+    assert update_tables.main(["--check"]) == 1
+    assert update_tables.main([]) == 0
+    assert "99" not in (tmp_path / "README.md").read_text()
+    assert update_tables.main(["--check"]) == 0
