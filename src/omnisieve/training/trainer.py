@@ -20,6 +20,7 @@ from omnisieve.data.batch import Batch
 from omnisieve.training.checkpoint import CheckpointStore
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, gathered, learning_rates
+from omnisieve.training.errors import CheckpointError
 from omnisieve.training.meter import Meter, quality, ratios, tokens
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import draw_ratio, draw_seed
@@ -61,8 +62,7 @@ class Trainer:
         """Train to the last step, from the checkpoint that `train.resume` means, if there is one.
 
         Raises:
-            CheckpointError: there is one, but it does not fit this run.
-            ValueError: its data order does not.
+            CheckpointError: there is one, but it does not fit this run or its data.
         """
         self._open()
         first = self._ranks.is_first
@@ -175,7 +175,10 @@ class Trainer:
             return
         state = self._store.load(self.engine, checkpoint)
         self.step, self.best_loss = state["step"], state["best_loss"]
-        self._streams.sampler.load_state_dict(state["sampler"])
+        try:
+            self._streams.sampler.load_state_dict(state["sampler"])
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint}: {error}") from error
         if self._ranks.is_first:
             tqdm.write(f"resumed from {checkpoint}, step {self.step} of {self._train.max_steps}", file=sys.stderr)
 
