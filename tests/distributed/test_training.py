@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,16 @@ def job(ranks: Ranks, folder: Path) -> dict[str, Any]:
         options = {"micro_batch_size": size, "gradient_accumulation_steps": accumulate}
         found[name] = first_step(ranks, folder / name, max_grad_norm=1e9, **options)
     found["clipped"] = first_step(ranks, folder / "clipped", max_grad_norm=0.5, **options)
-    found["free"] = found[name]
+    found["free"], found["free folder"] = found[name], folder / name
     random = {"estimator": EstimatorSection("masked", 0.5), "ratio": RatioSection(0.2, 0.6), "eval_every": 2}
     found["whole"] = run(ranks, folder / "whole", max_steps=6, save_every=3, **random)
     middle = folder / "whole" / "checkpoints" / "checkpoint-3"
     found["resumed"] = run(ranks, folder / "resumed", max_steps=6, resume=str(middle), **random)
     found["stopped"] = run(ranks, folder / "parts", max_steps=6, stop_at=2, **random)
     found["continued"] = run(ranks, folder / "parts", max_steps=6, **random)
+    for stage in (1, 3):
+        run(ranks, folder / f"zero{stage}", zero_stage=stage, max_steps=1, eval_every=1, max_grad_norm=1e9, **options)
+    found["bfloat16"] = run(ranks, folder / "bfloat16", dtype="bfloat16", max_steps=2)
     return found
 
 
@@ -78,6 +82,22 @@ def test_gradient_does_not_depend_on_how_clips_are_spread(results):
         for name in spreads:
             error = gradient(results[size][1], name) - reference
             assert error.norm() < 1e-4 * reference.norm(), name
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_log_does_not_depend_on_the_zero_stage(results, size: int, stage: int):
+    reference = read_log(results[size][1][0]["free folder"])
+    for record, expected in zip(read_log(results[size][0] / f"zero{stage}"), reference, strict=True):
+        assert record == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_trainables_stay_in_float32_beside_a_bfloat16_llm(results, size: int):
+    log = read_log(results[size][0] / "bfloat16")
+    assert all(math.isfinite(record["train/loss"]) and record["grad_norm"] > 0 for record in log)
+    for rank in results[size][1]:
+        assert {value.dtype for value in rank["bfloat16"].values()} == {torch.float32}
 
 
 def test_log_does_not_depend_on_how_clips_are_spread(results):

@@ -25,11 +25,11 @@ OMNISIFT = {"method": "omnisift", "retained_ratio": 0.25, "width": 16, "heads": 
 VAL_BATCHES = 3  # an odd number: of two ranks, one has nothing left in the last round
 
 
-def make_config(output_dir: Path, **train: Any) -> TrainConfig:
+def make_config(output_dir: Path, *, dtype: Any = "float32", **train: Any) -> TrainConfig:
     """A run of 4 steps that logs each of them."""
     defaults = {"max_steps": 4, "lr": 1e-2, "warmup_ratio": 0.34, "log_every": 1, "eval_every": 0, "save_every": 0}
     return TrainConfig(
-        model=ModelSection(path="tiny", dtype="float32"),
+        model=ModelSection(path="tiny", dtype=dtype),
         compressor=dict(OMNISIFT),
         data=DataSection(train="memory"),
         train=TrainSection(**defaults | train),
@@ -39,7 +39,7 @@ def make_config(output_dir: Path, **train: Any) -> TrainConfig:
 
 def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """A trainer that reads `CLIPS` over and over."""
-    backbone = tiny_thinker()
+    backbone = tiny_thinker(dtype=getattr(torch, config.model.dtype))
     torch.manual_seed(config.train.seed)
     fields = {name: value for name, value in config.compressor.items() if name != "method"}
     module = TrainingModule(
