@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from typing import get_type_hints
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from omnisieve.artifact import load_compressor
 from omnisieve.backbones import BackboneError, Estimator, adapter_for, load_backbone
@@ -41,6 +42,8 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         BackboneError, CompressorError, ManifestError, FeatureCacheError: what the configuration names is not there or
             does not fit.
     """
+    if not ranks.is_first:
+        disable_progress_bar()
     # The same start on every rank.
     torch.manual_seed(config.train.seed)
     backbone = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation)

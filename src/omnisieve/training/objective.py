@@ -55,9 +55,12 @@ class TrainingModule(nn.Module):
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach the compressor for all forwards and backwards inside: recomputed layers need the hooks, too."""
-        with attach(self.backbone, self.compressor, self._estimator) as self._attachment:
-            yield
-        self._attachment = None
+        with attach(self.backbone, self.compressor, self._estimator) as attachment:
+            self._attachment = attachment
+            try:
+                yield
+            finally:
+                self._attachment = None
 
     def train(self, mode: bool = True) -> TrainingModule:
         """Set the mode of the compressor; the LLM is only put into it where checkpointing asks for it."""
