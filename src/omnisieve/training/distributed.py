@@ -57,7 +57,7 @@ def connect() -> Ranks:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    _complete_environment()
+    complete_environment()
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
@@ -106,7 +106,8 @@ def leave(code: int = 0) -> NoReturn:
     os._exit(code)
 
 
-def _complete_environment() -> None:
+def complete_environment() -> None:
+    """Without a launcher, say what it would say of a single process."""
     if "RANK" in os.environ:
         return
     with socket.socket() as free:
