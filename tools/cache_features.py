@@ -3,7 +3,8 @@
     python tools/cache_features.py --config recipes/quickstart.yaml
 
 Writes `data.feature_cache`, from which training then reads instead of decoding. A file that cannot be read is named
-and left out. A cache that is there and was made the same way is kept as it is.
+and left out; training replaces it as it would without a cache. A cache that is there and was made the same way is
+kept as it is.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> int:
         for part, medium in tqdm(files, desc="encode", unit="file"):
             if isinstance(medium, MediaError):
                 failed.append(medium)
+                cache.leave_out(part, medium)
                 continue
             sample = loader.sample(Conversation.alone(part), [medium])
             batch = collate([sample], pad_token_id=loader.preprocessor.tokenizer.pad_token_id).to(device)
@@ -82,7 +84,7 @@ def media_of(manifests: Sequence[str | None]) -> list[MediaPart]:
 
 
 def is_complete(folder: str, preprocessing: dict, parts: Sequence[MediaPart]) -> bool:
-    """Whether a cache made the same way holds all the files.
+    """Whether a cache made the same way holds all the files that can be read.
 
     Raises:
         FeatureCacheError: a cache is there that was made in another way, or lacks files.
@@ -90,7 +92,7 @@ def is_complete(folder: str, preprocessing: dict, parts: Sequence[MediaPart]) ->
     if not (Path(folder) / INDEX).is_file():
         return False
     cache = FeatureCache(folder, preprocessing)
-    missing = sum(part not in cache for part in parts)
+    missing = sum(not cache.covers(part) for part in parts)
     if missing:
         raise FeatureCacheError(f"{folder} lacks {missing} of {len(parts)} files; remove it to cache again")
     return True

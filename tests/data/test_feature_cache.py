@@ -11,6 +11,7 @@ from omnisieve.data.collate import collate
 from omnisieve.data.dataset import MediaLoader
 from omnisieve.data.feature_cache import FeatureCache, FeatureCacheError, FeatureCacheWriter
 from omnisieve.data.manifest import Conversation, MediaPart
+from omnisieve.data.media import MediaError
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.tokens import AudioRun, VideoRun
 from omnisieve.layout import Modality
@@ -85,6 +86,22 @@ def test_unfinished_missing_and_present_caches(tmp_path: Path) -> None:
     FeatureCache(tmp_path / "cache", SETTINGS)
     with pytest.raises(FeatureCacheError, match="already holds a feature cache"):
         FeatureCacheWriter(tmp_path / "cache", SETTINGS)
+
+
+def test_an_unreadable_file_fails_as_it_does_without_a_cache(tmp_path: Path) -> None:
+    good, bad, gone = (part(tmp_path, f"{name}.mp4", name) for name in ("good", "bad", "gone"))
+    with FeatureCacheWriter(tmp_path / "cache", SETTINGS) as writer:
+        writer.add(good, VIDEO, features(0))
+        writer.leave_out(bad, MediaError(str(bad.path), "video", "corrupt", "9 of 9 packets do not decode"))
+        gone.path.unlink()
+        writer.leave_out(gone, MediaError(str(gone.path), "container", "missing", "there is no such file"))
+    cache = FeatureCache(tmp_path / "cache", SETTINGS)
+    assert all(cache.covers(medium) for medium in (good, bad, gone))
+    assert not cache.covers(part(tmp_path, "new.mp4", "new"))
+    with pytest.raises(MediaError, match=r"bad\.mp4: video: 9 of 9 packets do not decode \(corrupt\)"):
+        cache.read(bad)
+    with pytest.raises(MediaError, match=r"gone\.mp4.* there is no such file"):
+        cache.read(gone)
 
 
 def test_rows_must_be_those_of_the_tokens(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from omnisieve.data.batch import Features
 from omnisieve.data.manifest import MediaPart
+from omnisieve.data.media import MediaError, check_file
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun
 
 INDEX = "index.json"
@@ -42,7 +43,12 @@ class CachedMedium:
 
 
 def media_key(part: MediaPart) -> str:
-    """Hash of a file's content and of what its manifest line says about sampling it."""
+    """Hash of a file's content and of what its manifest line says about sampling it.
+
+    Raises:
+        MediaError: there is no such file, or it is empty.
+    """
+    check_file(part.path)
     stat = os.stat(part.path)
     content = _content_hash(str(part.path), stat.st_size, stat.st_mtime_ns)
     sampling = "" if part.fps is None and part.max_frames is None else f"-{part.fps}-{part.max_frames}"
@@ -87,6 +93,7 @@ class FeatureCacheWriter:
         self.preprocessing = dict(preprocessing)
         self.dtype, self.shard_bytes = dtype, shard_bytes
         self._entries: dict[str, dict[str, Any]] = {}
+        self._unreadable: dict[str, list[str]] = {}
         self._pending: dict[str, Tensor] = {}
         self._shards = 0
 
@@ -125,10 +132,21 @@ class FeatureCacheWriter:
         if sum(tensor.nbytes for tensor in self._pending.values()) >= self.shard_bytes:
             self._flush()
 
+    def leave_out(self, part: MediaPart, error: MediaError) -> None:
+        """Remember that a file cannot be read, so that reading it from the cache fails as decoding it did."""
+        # A file that is missing or empty needs no entry: looking it up says so.
+        if error.kind not in ("missing", "empty"):
+            self._unreadable[media_key(part)] = [error.stream, error.kind, error.reason]
+
     def close(self) -> None:
         """Write what is left, then the index."""
         self._flush()
-        index = {"version": 1, "preprocessing": self.preprocessing, "entries": self._entries}
+        index = {
+            "version": 1,
+            "preprocessing": self.preprocessing,
+            "entries": self._entries,
+            "unreadable": self._unreadable,
+        }
         temporary = self.folder / f"{INDEX}.tmp"
         temporary.write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
         temporary.replace(self.folder / INDEX)
@@ -168,6 +186,7 @@ class FeatureCache:
                 f"{folder} was made with other preprocessing ({pairs}); use the same settings or cache again"
             )
         self._entries: dict[str, dict[str, Any]] = index["entries"]
+        self._unreadable: dict[str, list[str]] = index.get("unreadable", {})
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -176,13 +195,23 @@ class FeatureCache:
     def __contains__(self, part: MediaPart) -> bool:
         return media_key(part) in self._entries
 
+    def covers(self, part: MediaPart) -> bool:
+        """Whether caching again could not add this file: it is here, or it cannot be read."""
+        try:
+            return media_key(part) in self._entries.keys() | self._unreadable.keys()
+        except MediaError:
+            return True
+
     def read(self, part: MediaPart) -> CachedMedium:
         """One medium's features.
 
         Raises:
+            MediaError: the file could not be read when the cache was made, or is gone.
             FeatureCacheError: the file is not in the cache.
         """
         key = media_key(part)
+        if key in self._unreadable:
+            raise MediaError(str(part.path), *self._unreadable[key])
         if key not in self._entries:
             raise FeatureCacheError(
                 f"{part.path} is not in the feature cache {self.folder} ({len(self)} files), or was changed since; "

@@ -151,7 +151,7 @@ class MediaReader:
         Raises:
             MediaError: see the table above.
         """
-        _check_file(path)
+        check_file(path)
         request = {"path": str(path), "fps": float(fps), "max_frames": max_frames, "max_seconds": max_seconds,
                    "video": video, "audio": audio, "seconds": self.decode_seconds}  # fmt: skip
         answer, arrays = self._ask(request)
@@ -278,7 +278,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         MediaError: the file is missing, empty, truncated or no image.
     """
-    _check_file(path)
+    check_file(path)
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -295,7 +295,12 @@ def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
     return torchaudio.functional.resample(torch.from_numpy(wave), rate, SAMPLING_RATE).numpy()
 
 
-def _check_file(path: str | Path) -> None:
+def check_file(path: str | Path) -> None:
+    """Refuse what needs no decoding to be refused.
+
+    Raises:
+        MediaError: there is no such file, it is a folder, or it is empty.
+    """
     path = Path(path)
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "there is no such file"
