@@ -116,7 +116,8 @@ class Plan:
         total = layout.counts(Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
         counts = round_count((total - self.kept) * share)
         if share < 1:
-            dropped = sample_candidates(dropped, torch.from_numpy(counts).to(dropped.device), generator)
+            counts_ = torch.from_numpy(counts).to(dropped.device, non_blocking=True)
+            dropped = sample_candidates(dropped, counts_, generator)
         return replace(self, candidates=dropped, candidate_counts=counts)
 
     def apply(

@@ -217,7 +217,7 @@ class Compressor(nn.Module):
             layout: of the batch.
         """
         segments = self.segments_of(modality, layout)
-        counts = torch.from_numpy(self.counts_of(modality, layout)).to(scores.device)
+        counts = torch.from_numpy(self.counts_of(modality, layout)).to(scores.device, non_blocking=True)
         chosen = topk_mask(segments.gather(scores), segments.valid, counts)
         return segments.scatter(chosen, False)
 

@@ -178,12 +178,13 @@ class OmniZip(Compressor):
             return (frame_size * (1.0 - cuts.per_frame(removed))).floor().long()
         target = self.asked(layout).video
         share = self._exact_share(retention, audio_size > 0, video_size, target)
-        return round_to_total(cuts.per_frame(share) * frame_size, frame_size, torch.from_numpy(target).to(share.device))
+        total = torch.from_numpy(target).to(share.device, non_blocking=True)
+        return round_to_total(cuts.per_frame(share) * frame_size, frame_size, total)
 
     def _exact_share(self, retention: Tensor, guided: Tensor, size: Tensor, target: np.ndarray) -> Tensor:
         """Kept share of every window's video, [B, W], that sums to `target` [B] tokens."""
         s, whole = self.settings, size.sum(dim=-1)
-        kept = torch.from_numpy(target).to(size.device).double()
+        kept = torch.from_numpy(target).to(size.device, non_blocking=True).double()
         asked = 1 - kept / whole.clamp(min=1)
         low = (asked - s.headroom).clamp(0, s.rho_min).unsqueeze(-1)
         high = (asked + s.headroom).clamp(s.rho_max, 1).unsqueeze(-1)

@@ -46,7 +46,7 @@ class Cuts:
         """[B, F, 1] bool: the second, fourth, ... frame of its window."""
         slot = torch.arange(self.video.index.shape[-1], device=self.video.index.device)
         first = self.frames.gather(self.video.scatter(slot.expand(self.video.index.shape), 0))[..., 0]
-        size = torch.from_numpy(self.frames.sizes).to(first.device).clamp(min=1)
+        size = torch.from_numpy(self.frames.sizes).to(first.device, non_blocking=True).clamp(min=1)
         return (first // size % 2 == 1).unsqueeze(-1)
 
 

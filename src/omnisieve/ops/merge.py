@@ -22,7 +22,9 @@ def spaced_anchors(candidates: Tensor, sizes: np.ndarray, counts: np.ndarray) ->
         [B, S] bool.
     """
     step = np.maximum(sizes // np.maximum(counts, 1), 1)
-    step_, counts_ = (torch.from_numpy(a).to(candidates.device).unsqueeze(-1) for a in (step, counts))
+    step_, counts_ = (
+        torch.from_numpy(a).to(candidates.device, non_blocking=True).unsqueeze(-1) for a in (step, counts)
+    )
     ordinal = candidates.long().cumsum(dim=-1) - 1
     return candidates & (ordinal % step_ == 0) & (ordinal // step_ < counts_)
 
