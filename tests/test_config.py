@@ -142,6 +142,7 @@ def test_a_wrong_list_item_names_the_list(tmp_path: Path):
         ("train.ratio.min=0.2", "train.ratio needs both"),
         ("train.ratio={min: 0.5, max: 0.2}", "train.ratio is [0.5, 0.2]"),
         ("train.stop_at=0", "train.stop_at is 0; it must be above 0"),
+        ("train.max_steps=0", "train.max_steps is 0; it must be above 0"),
         ("train.zero_stage=0", "train.zero_stage is 0; choose 1, 2 or 3"),
         ("data.max_pixels=10", "data.min_pixels 3136 is above data.max_pixels 10"),
         ("data.audio.max_seconds=-1", "data.audio.max_seconds is -1.0"),
@@ -154,7 +155,7 @@ def test_a_value_out_of_range_is_refused(recipe: Path, line: str, message: str):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("line", ["ratios=[0.25,0]", "ratios=[1.5]", "methods=[]", "bootstrap=0"])
+@pytest.mark.parametrize("line", ["ratios=[0.25,0]", "ratios=[1.5]", "methods=[]", "bootstrap=0", "limit=0"])
 def test_an_evaluation_out_of_range_is_refused(tmp_path: Path, line: str):
     path = write(tmp_path / "eval.yaml", "model: {path: m}\nmanifest: a\noutput_dir: o\nmethods: [full]\n")
     with pytest.raises(ConfigError, match=line.partition("=")[0]):

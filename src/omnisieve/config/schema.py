@@ -135,7 +135,7 @@ class TrainSection:
 
     def __post_init__(self) -> None:
         _positive("train", self, "micro_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm")
-        _positive("train", self, "log_every", "save_total_limit")
+        _positive("train", self, "max_steps", "log_every", "save_total_limit")
         _not_negative("train", self, "weight_decay", "distill_weight", "eval_every", "save_every")
         _in_unit_interval("train", self, "warmup_ratio", "min_lr_ratio")
         if self.stop_at is not None:
@@ -181,6 +181,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _positive("", self, "batch_size", "max_new_tokens", "bootstrap")
+        if self.limit is not None:
+            _positive("", self, "limit")
         if not self.methods:
             raise ConfigError("methods is empty; name at least one, for example methods=[full,random]")
         if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:
@@ -201,5 +203,7 @@ def _in_unit_interval(prefix: str, values: Any, *names: str) -> None:
 
 def _require(prefix: str, values: Any, names: Sequence[str], holds: Callable[[float], bool], rule: str) -> None:
     for name in names:
-        if not holds(getattr(values, name)):
-            raise ConfigError(f"{prefix}{'.' if prefix else ''}{name} is {getattr(values, name)}; it {rule}")
+        value = getattr(values, name)
+        # A section's defaults are made before the file is read; what is then still missing is reported elsewhere.
+        if value != MISSING and not holds(value):
+            raise ConfigError(f"{prefix}{'.' if prefix else ''}{name} is {value}; it {rule}")
