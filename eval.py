@@ -26,11 +26,16 @@ def main() -> int:
     from omnisieve.evaluation.report import markdown, write_report
 
     try:
+        # Now, not after hours of work: the folder must be writable.
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        save_config(config, Path(config.output_dir) / "eval.yaml")
+    except OSError as error:
+        return fail(error)
+    try:
         report, cells = evaluate(config)
     except USER_ERRORS as error:
         return fail(error)
     write_report(report, cells, config.output_dir)
-    save_config(config, Path(config.output_dir) / "eval.yaml")
     print(markdown(report), end="")
     return 0
 
