@@ -143,7 +143,7 @@ def test_estimator_settings(settings):
 
 
 def test_folder_without_model(tmp_path):
-    with pytest.raises(BackboneError, match="neither a folder with a config.json nor a model"):
+    with pytest.raises(BackboneError, match=r"neither a folder with a config\.json nor a model"):
         load_backbone(tmp_path / "absent")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(BackboneError, match="is a 'llama'"):
