@@ -2,8 +2,8 @@
 
 from omnisieve import attach, load_backbone, load_compressor
 
-model = load_backbone("Qwen/Qwen2.5-Omni-7B")
-with attach(model, load_compressor("my_export")):
+model = load_backbone("Qwen/Qwen2.5-Omni-7B", "bfloat16", device="cuda")
+with attach(model, load_compressor("my_export").to(model.device)):
     model.generate(**inputs)
 """
 

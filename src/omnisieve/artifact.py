@@ -224,7 +224,8 @@ the LLM's; it fits LLMs whose embeddings are {width} wide.
 ```python
 from omnisieve import attach, load_compressor
 
-with attach(model, load_compressor(FOLDER)):  # or load_compressor(FOLDER, retained_ratio=0.35)
+compressor = load_compressor(FOLDER)  # or load_compressor(FOLDER, retained_ratio=0.35)
+with attach(model, compressor.to(model.device)):
     model.generate(**inputs)
 ```
 

@@ -49,6 +49,12 @@ def test_a_compressor_of_another_width(thinker):
         pass
 
 
+def test_a_compressor_on_another_device(thinker):
+    compressor = learned_toy(HIDDEN).to("meta")
+    with pytest.raises(BackboneError, match="is on meta, the model on cpu"), attach(thinker, compressor):
+        pass
+
+
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
 def test_static_caches(thinker, inputs, ratio):
     with attach(thinker, norm_compressor(ratio)):

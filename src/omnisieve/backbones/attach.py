@@ -311,12 +311,18 @@ def attach(model: nn.Module, compressor: Compressor, estimator: Estimator | None
         estimator: the gradient route of a learned compressor in training; `hard_drop` when None.
 
     Raises:
-        BackboneError: the model is not supported, has the wrong width for the compressor, or is attached already.
+        BackboneError: the model is not supported, has the wrong width for the compressor, is on another device, or is
+            attached already.
     """
     adapter = adapter_for(model)
     width = getattr(compressor, "hidden_size", adapter.hidden_size)
     if width != adapter.hidden_size:
         raise BackboneError(f"{compressor.name} is for hidden size {width}, the model has {adapter.hidden_size}")
+    place = adapter.thinker.get_input_embeddings().weight.device
+    if elsewhere := {parameter.device for parameter in compressor.parameters()} - {place}:
+        raise BackboneError(
+            f"{compressor.name} is on {elsewhere.pop()}, the model on {place}: move it there with .to()"
+        )
     if adapter.decoder in _attached:
         raise BackboneError("a compressor is attached to this model already: leave that context first")
     with ExitStack() as hooks:
