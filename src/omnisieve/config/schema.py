@@ -128,7 +128,7 @@ class TrainSection:
     log_every: int = option(10, "steps")
     eval_every: int = option(100, "steps between validations, the best of which is kept; 0: never")
     save_every: int = option(100, "steps between checkpoints; they hold trainables and optimiser only; 0: only the end")
-    save_total_limit: int = option(2, "older checkpoints are removed; the best one stays")
+    save_total_limit: int = option(2, "newest checkpoints that stay; the best compressor is kept apart, in best/")
     stop_at: int | None = option(None, "end with a checkpoint after this step, to be resumed later; null: at max_steps")
     resume: str = option("auto", "auto: from the newest complete checkpoint in output_dir; never; or a checkpoint")
     init_from: str | None = option(None, "exported compressor to start from, with a fresh optimiser")
@@ -172,7 +172,7 @@ class EvalConfig:
     settings: dict[str, Any] = option(
         {}, "by entry of `methods`: its fields; `method` makes a variant of that method, `at` holds fields by ratio"
     )
-    batch_size: int = option(1, "clips per forward; memory grows with it")
+    batch_size: int = option(1, "clips per forward, with all their questions; memory grows with it")
     max_new_tokens: int = option(16, "of an answer, decoded greedily")
     limit: int | None = option(None, "only the first clips of the manifest")
     bootstrap: int = option(2000, "resamples behind the 95 % intervals, clustered by clip")
