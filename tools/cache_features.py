@@ -17,13 +17,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from omnisieve.backbones import adapter_for, load_backbone
+from omnisieve.backbones import BackboneError, adapter_for, load_backbone
 from omnisieve.backbones.media import encoder_fingerprint, media_loader
 from omnisieve.config import ConfigError, TrainConfig, load_config
 from omnisieve.data.collate import collate
 from omnisieve.data.dataset import LoadedMedium, MediaLoader
 from omnisieve.data.feature_cache import INDEX, FeatureCache, FeatureCacheError, FeatureCacheWriter
-from omnisieve.data.manifest import Conversation, Manifest, MediaPart
+from omnisieve.data.manifest import Conversation, Manifest, ManifestError, MediaPart
 from omnisieve.data.media import MediaError
 
 
@@ -101,5 +101,5 @@ def is_complete(folder: str, preprocessing: dict, parts: Sequence[MediaPart]) ->
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, FeatureCacheError) as error:
-        sys.exit(str(error))
+    except (BackboneError, ConfigError, FeatureCacheError, ManifestError) as error:
+        sys.exit(f"cache_features.py: {error}")

@@ -16,9 +16,9 @@ import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnisieve.backbones import Estimator, adapter_for
-from omnisieve.backbones.reference import reference_config
-from omnisieve.compressors import build_compressor
-from omnisieve.config import TrainConfig, read_config
+from omnisieve.backbones.reference import SHAPES, reference_config
+from omnisieve.compressors import CompressorError, build_compressor
+from omnisieve.config import ConfigError, TrainConfig, read_config
 from omnisieve.data.batch import Batch, Features
 from omnisieve.data.tokens import TokenRules, VideoRun, expand
 from omnisieve.layout import Modality, TokenLayout
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Build, run one step, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a training recipe")
-    parser.add_argument("--shapes", required=True, help="qwen2_5_omni_7b or qwen2_5_omni_3b")
+    parser.add_argument("--shapes", required=True, choices=SHAPES, help="of a released model")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the clip, with sound, 16:9")
     args = parser.parse_args(argv)
     config = read_config(TrainConfig, args.config)
@@ -106,4 +106,7 @@ def summary(backbone: torch.nn.Module, compressor: torch.nn.Module, batch: Batch
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (CompressorError, ConfigError) as error:
+        sys.exit(f"dry_run.py: {error}")

@@ -26,6 +26,7 @@ _TEXT = {
         "vocab_size": 151936,
     },
 }
+SHAPES = tuple(_TEXT)
 
 
 def reference_config(name: str) -> Qwen2_5OmniThinkerConfig:
