@@ -49,6 +49,15 @@ def test_a_compressor_of_another_width(thinker):
         pass
 
 
+def test_embeddings_without_positions(thinker, inputs):
+    with torch.no_grad(), attach(thinker, norm_compressor()) as attachment:
+        thinker(**inputs)
+        layout, embeds = attachment.last_layout, torch.zeros(*inputs["input_ids"].shape, HIDDEN)
+        attachment.expect(layout=layout)
+        with pytest.raises(BackboneError, match="give position_ids"):
+            thinker(inputs_embeds=embeds)
+
+
 def test_a_compressor_on_another_device(thinker):
     compressor = learned_toy(HIDDEN).to("meta")
     with pytest.raises(BackboneError, match="is on meta, the model on cpu"), attach(thinker, compressor):

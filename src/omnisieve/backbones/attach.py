@@ -26,7 +26,7 @@ from omnisieve.backbones.estimator import Estimator
 from omnisieve.backbones.gated_attention import GatedAttentionSwitch, gated_attention_switch
 from omnisieve.backbones.saliency import install_saliency
 from omnisieve.compressors.base import Compressor, Need
-from omnisieve.layout import Modality, TokenLayout
+from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.plan import PaddingSide, Plan
 
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -258,6 +258,10 @@ class Attachment:
         """Replace the decoder's arguments; returns the compressed labels."""
         if self.adapter.speaks and kwargs.get("output_hidden_states"):
             raise BackboneError("speech needs the states of all tokens: generate with generation_mode='text'")
+        if kwargs.get("position_ids") is None and layout.counts(*MEDIA).any():
+            raise BackboneError(
+                "give position_ids [3, B, S] beside inputs_embeds: the model would count kept tokens anew"
+            )
         cache = self._cache(plan, cache, kwargs)
         side = _padding_side(layout, cached=cache is not None)
         compressed = plan.apply(embeds, position_ids=kwargs.get("position_ids"), labels=labels, padding_side=side)
