@@ -8,6 +8,8 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/ready
 RUN := runs/quickstart
+# Two processes, on a machine with a single GPU one: DeepSpeed gives each process a GPU of its own.
+RANKS := import torch; print(1 if torch.cuda.device_count() == 1 else 2)
 
 export PATH := $(BIN):$(PATH)
 # Model and data are local files: a look at a hub would be a mistake.
@@ -18,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 quickstart: $(READY)
 	$(BIN)/python tools/make_testbed.py runs/testbed
 	$(BIN)/python tools/cache_features.py --config recipes/quickstart.yaml
-	$(BIN)/deepspeed --num_gpus 2 train.py --config recipes/quickstart.yaml
+	$(BIN)/deepspeed --num_gpus $$($(BIN)/python -c '$(RANKS)') train.py --config recipes/quickstart.yaml
 	$(BIN)/python tools/export.py $(RUN) $(RUN)/export
 	$(BIN)/python eval.py --config recipes/eval_testbed.yaml output_dir=$(RUN) \
 		methods='[full,random,stvp,omnizip,divprune_om,$(RUN)/export]' ratios='[0.25]'

@@ -9,7 +9,7 @@ import torch
 
 from omnisieve.artifact import save_compressor
 from omnisieve.compressors import CompressorError, build_compressor
-from omnisieve.config import ConfigError
+from omnisieve.config import ConfigError, RatioSection
 from omnisieve.training.build import make_compressor
 from tests.models import HIDDEN
 from tests.training.runs import OMNISIFT, make_config
@@ -59,3 +59,11 @@ def test_init_from_another_method_is_refused(tmp_path: Path):
     folder = save_compressor(build_compressor("random", retained_ratio=0.25), tmp_path / "exported")
     with pytest.raises(ConfigError, match="holds random"):
         make(tmp_path, {"method": "omnisift"}, init_from=str(folder))
+
+
+def test_a_drawn_ratio_and_a_fixed_split_exclude_each_other(tmp_path: Path):
+    config = make_config(tmp_path)
+    config.compressor = {**OMNISIFT, "audio_ratio": 0.4}
+    config.train.ratio = RatioSection(min=0.2, max=0.4)
+    with pytest.raises(ConfigError, match="audio_ratio and train.ratio exclude"):
+        make_compressor(config, HIDDEN)

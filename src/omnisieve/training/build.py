@@ -74,6 +74,11 @@ def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
     hints = get_type_hints(method.settings_type)
     allowed = {field.name: hints[field.name] for field in fields(method.settings_type)}
     settings = check_fields(section, allowed, f"compressor ({method.name})")
+    split = [name for name in ("video_ratio", "audio_ratio") if settings.get(name) is not None]
+    if config.train.ratio.min is not None and split:
+        raise ConfigError(
+            f"compressor.{split[0]} and train.ratio exclude each other: a drawn ratio holds for both modalities"
+        )
     if config.train.init_from is None:
         return build_compressor(method.name, hidden_size=hidden_size, **settings)
     compressor = load_compressor(config.train.init_from, **settings)

@@ -52,7 +52,8 @@ def connect() -> Ranks:
     """Join the process group that the launcher describes; without a launcher, be the only rank.
 
     Raises:
-        TrainingError: on a CPU, what DeepSpeed compiles at its first start cannot be compiled.
+        TrainingError: there are fewer accelerators than processes; or, on a CPU, what DeepSpeed compiles at its first
+            start cannot be compiled.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -65,6 +66,11 @@ def connect() -> Ranks:
         # Every rank would otherwise start as many threads as there are cores.
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // _local_world_size(), 1))
     else:
+        if local_rank >= accelerator.device_count():
+            raise TrainingError(
+                f"process {local_rank} of this machine has no accelerator, there are {accelerator.device_count()}: "
+                "start as many processes as there are accelerators (deepspeed --num_gpus N)"
+            )
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     return Ranks(

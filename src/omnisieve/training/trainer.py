@@ -20,7 +20,7 @@ from omnisieve.data.batch import Batch
 from omnisieve.training.checkpoint import CheckpointStore
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, gathered, learning_rates
-from omnisieve.training.errors import CheckpointError
+from omnisieve.training.errors import CheckpointError, TrainingError
 from omnisieve.training.meter import Meter, quality, ratios, tokens
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import draw_ratio, draw_seed
@@ -106,7 +106,12 @@ class Trainer:
         depend on how samples are spread over them. DeepSpeed averages over ranks; that is undone here.
         """
         (answer_tokens,) = self._ranks.sum([sum(sum(batch.answer_tokens) for batch in window)])
-        scale = self._ranks.world_size / max(answer_tokens, 1.0)
+        if not answer_tokens:
+            raise TrainingError(
+                f"step {self.step + 1} has no answer to learn from: no conversation of its batch, from "
+                f"{self._config.data.train}, has an assistant turn"
+            )
+        scale = self._ranks.world_size / answer_tokens
         ratio = self._ratio()
         self.engine.train()
         for micro_step, batch in enumerate(window):
@@ -151,9 +156,12 @@ class Trainer:
         self.engine.eval()
         meter = Meter(self._ranks)
         for batch, counts in self._streams.val:
+            self._report_failures(batch)
             outputs = self.engine(batch.to(self.engine.device))
             meter.add(outputs, batch, weight=float(counts))
         sums = meter.read()
+        if not sums["answer_tokens"]:
+            raise TrainingError(f"no conversation in {self._config.data.val} has an assistant turn to validate on")
         scores = quality(sums)
         if scores["loss"] < self.best_loss:
             self.best_loss = scores["loss"]
