@@ -65,5 +65,5 @@ def test_a_drawn_ratio_and_a_fixed_split_exclude_each_other(tmp_path: Path):
     config = make_config(tmp_path)
     config.compressor = {**OMNISIFT, "audio_ratio": 0.4}
     config.train.ratio = RatioSection(min=0.2, max=0.4)
-    with pytest.raises(ConfigError, match="audio_ratio and train.ratio exclude"):
+    with pytest.raises(ConfigError, match=r"audio_ratio and train\.ratio exclude"):
         make_compressor(config, HIDDEN)
