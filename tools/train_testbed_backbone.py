@@ -34,7 +34,7 @@ from testbed_backbone.language import Heads, Phase, evaluate, train_language_mod
 from testbed_backbone.model import build_model, build_processor, build_tokenizer, concept_vectors, embed_words
 from testbed_backbone.packing import Packer, Record, draw_tokens, make_record
 from testbed_backbone.targets import concept_names, dense_picture, dense_sound
-from testbed_backbone.towers import dense_example, tower_accuracy, train_towers
+from testbed_backbone.towers import dense_example, soften, tower_accuracy, train_towers
 
 LAYERS = 8
 HEAD_DEPTHS = (3, 5)
@@ -138,6 +138,7 @@ def fit_towers(model: Any, concepts: dict[str, Any], recipe: Recipe, workers: in
     ]
     train_towers(model, data[: len(jobs)], concepts, recipe.tower_steps, 8, log)
     log(stage="towers", accuracy=tower_accuracy(model, data[len(jobs) :], concepts))
+    soften(model, concepts)
 
 
 def _dense_inputs(job: tuple[str, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,12 @@ from testbed_backbone.features import batched_segments, tower_features
 from testbed_backbone.targets import HEADS, audio_targets, dense_picture, dense_sound, video_targets
 
 TEMPERATURE = 4.0
+SOFTEN: dict[str, dict[str, float]] = {
+    "object": {"object": 0.4},
+    "card": {"card": 0.6},
+    "call sound": {"call sound": 0.4, "beep": 0.4},
+}
+"""Concept -> the mix of concepts that takes its place after the warm-up; see `soften`."""
 
 
 def tower_loss(features: Tensor, target: Tensor, labels: dict[str, Tensor], concepts: dict[str, Tensor]) -> Tensor:
@@ -74,6 +80,21 @@ def train_towers(
             schedule.step()
             if step % 25 == 0 or step == steps - 1:
                 log(stage="towers", step=step, **{k: round(v.item(), 4) for k, v in losses.items()})
+
+
+@torch.no_grad()
+def soften(model: Any, concepts: dict[str, Tensor]) -> None:
+    """Turn down, in the last layer of each tower, the directions that tell events from cards and calls from beeps.
+
+    Cross-entropy drives them apart far beyond their share of the target vectors. What questions ask about would then
+    be the most isolated tokens of a clip, and selection by mere diversity or dissimilarity would find it.
+    """
+    for name, mix in SOFTEN.items():
+        last = model.model.audio_tower.proj if name == "call sound" else model.model.visual.merger.mlp[-1]
+        direction = concepts[name] / concepts[name].norm()
+        change = sum(weight * concepts[n] / concepts[n].norm() for n, weight in mix.items()) - direction
+        last.weight += change[:, None] * (direction @ last.weight)[None]
+        last.bias += change * (direction @ last.bias)
 
 
 def dense_example(
