@@ -1,7 +1,7 @@
 """Writes the synthetic testbed: `OUT/videos/*.mp4` and one JSONL manifest per split.
 
     python tools/make_testbed.py OUT [--domain a] [--splits train=480,val=48,test=104] [--workers 2]
-    python tools/make_testbed.py --check      # compare the world with the committed hashes, write nothing
+    python tools/make_testbed.py --check      # compare world and backbone with the committed hashes
 
 The same arguments give the same manifests, frames and waveforms everywhere; the bytes of the mp4 files depend on
 the codec build, so hashes are taken before encoding.
@@ -68,8 +68,11 @@ def make_testbed(out: Path, domain: str, sizes: dict[str, int], workers: int) ->
 
 
 def compute_hashes() -> dict[str, dict[str, str]]:
-    """Return SHA-256 of the manifests at their default sizes, and of a few clips' frames and waveforms."""
-    hashes: dict[str, dict[str, str]] = {"manifests": {}, "worlds": {}}
+    """Return SHA-256 of the manifests at their default sizes, a few clips' frames and waveforms, and the backbone."""
+    hashes: dict[str, dict[str, str]] = {"manifests": {}, "worlds": {}, "backbone": {}}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = (HASHES.parent / "backbone" / name).read_bytes()
+        hashes["backbone"][name] = hashlib.sha256(content).hexdigest()
     for domain in sorted(DOMAINS):
         for split, n in SIZES.items():
             text = manifest_text(domain, split, n)
@@ -88,7 +91,7 @@ def check_hashes() -> None:
         if computed[kind].get(name) != recorded[kind][name]
     ]
     if wrong:
-        sys.exit(f"the synthetic world differs from {HASHES}: {', '.join(wrong)}")
+        sys.exit(f"the testbed differs from {HASHES}: {', '.join(wrong)}")
     print(f"{sum(len(part) for part in recorded.values())} hashes match {HASHES.name}")
 
 
