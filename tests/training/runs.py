@@ -46,6 +46,7 @@ def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         backbone,
         build_compressor(config.compressor["method"], hidden_size=HIDDEN, **fields),
         estimator=Estimator(config.train.estimator.route, config.train.estimator.candidates),
+        gate_clip=config.train.estimator.gate_clip,
         distill_weight=config.train.distill_weight,
     )
     size = config.train.micro_batch_size

@@ -66,6 +66,36 @@ def test_one_batch_of_four_is_four_batches_of_one(backbone: nn.Module):
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-4)
 
 
+def gate_gradient(module: TrainingModule, batch: Batch, scale: float = 1.0) -> Tensor:
+    """[B, S], as it goes on to the scores."""
+    with module.attached():
+        loss = module(batch, scale=scale)["loss"]
+        gate = module._attachment.last_plan.gate
+        gate.retain_grad()
+        loss.backward()
+    return gate.grad
+
+
+def test_gate_clip_limits_each_clip_by_itself(backbone: nn.Module):
+    batch, limit = make_batch(backbone, CLIPS[:4]), 2.5
+    free = gate_gradient(make_module(backbone), batch)
+    clipped = gate_gradient(make_module(backbone, gate_clip=limit), batch)
+    norms = free.norm(dim=1)
+    assert norms.max() > limit
+    torch.testing.assert_close(clipped.norm(dim=1), norms.clamp(max=limit))
+    cosine = nn.functional.cosine_similarity(clipped, free, dim=1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    for row, clip in enumerate(CLIPS[:4]):
+        alone = gate_gradient(make_module(backbone, gate_clip=limit), make_batch(backbone, [clip]))
+        torch.testing.assert_close(clipped[row, : alone.shape[1]], alone[0], rtol=1e-3, atol=1e-4)
+
+
+def test_gate_clip_is_in_units_of_the_unscaled_loss(backbone: nn.Module):
+    batch = make_batch(backbone, CLIPS[:4])
+    one, half = (gate_gradient(make_module(backbone, gate_clip=2.5), batch, scale) for scale in (1.0, 0.5))
+    torch.testing.assert_close(half, 0.5 * one)
+
+
 def test_cached_features_are_online_encoding(backbone: nn.Module):
     module, batch = make_module(backbone, distill_weight=0.5), make_batch(backbone, CLIPS[:4])
     cached = with_features(batch, adapter_for(backbone).encode(batch))

@@ -86,9 +86,14 @@ class EstimatorSection:
     candidates: float = option(
         1.0, "masked: share of the dropped tokens that stay in the sequence; 1 teaches most, 0.5 costs about half"
     )
+    gate_clip: float | None = option(
+        2.5, "largest norm, in nats, of what a step teaches the gates of one clip; null: no limit, learns less steadily"
+    )
 
     def __post_init__(self) -> None:
         _in_unit_interval("train.estimator", self, "candidates")
+        if self.gate_clip is not None:
+            _positive("train.estimator", self, "gate_clip")
 
 
 @dataclass

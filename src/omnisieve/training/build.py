@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import get_type_hints
 
 import torch
@@ -53,7 +53,8 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     module = TrainingModule(
         backbone,
         compressor,
-        estimator=Estimator(**asdict(config.train.estimator)),
+        estimator=Estimator(config.train.estimator.route, config.train.estimator.candidates),
+        gate_clip=config.train.estimator.gate_clip,
         distill_weight=config.train.distill_weight,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )

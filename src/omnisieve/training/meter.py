@@ -46,7 +46,7 @@ def quality(sums: Mapping[str, float]) -> dict[str, float]:
     """Means over answers: loss terms per token, accuracies in percent."""
     tokens, answers = max(sums["answer_tokens"], 1.0), max(sums["answers"], 1.0)
     return {
-        "loss": sums["loss"] / tokens,
+        "loss": sums["objective"] / tokens,
         "cross_entropy": sums["cross_entropy"] / tokens,
         "divergence": sums["divergence"] / tokens,
         "token_accuracy": 100 * sums["correct_tokens"] / tokens,

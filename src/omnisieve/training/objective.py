@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ class TrainingModule(nn.Module):
         compressor: Compressor,
         *,
         estimator: Estimator | None = None,
+        gate_clip: float | None = None,
         distill_weight: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -38,6 +40,9 @@ class TrainingModule(nn.Module):
             backbone: stock model; frozen parameters stay frozen.
             compressor: learned.
             estimator: gradient route; `masked` over the whole sequence when None.
+            gate_clip: largest norm of a clip's gradient of the summed loss with respect to its gates. A gate of a token
+                that the LLM would look at almost alone has a gradient of any size, while restoring that token changes
+                the loss by a few nats; without a limit such tokens drown all others of their step.
             distill_weight: weight of the KL divergence from the same LLM with all tokens; above 0 costs a forward.
             gradient_checkpointing: recompute the LLM's layers in the backward pass.
         """
@@ -46,6 +51,7 @@ class TrainingModule(nn.Module):
         self.compressor = compressor
         self._adapter: Adapter = adapter_for(backbone)
         self._estimator = estimator or Estimator("masked")
+        self._gate_clip = gate_clip
         self._distill_weight = distill_weight
         self._checkpointing = gradient_checkpointing
         self._attachment: Attachment | None = None
@@ -69,18 +75,22 @@ class TrainingModule(nn.Module):
         self._adapter.decoder.train(mode and self._checkpointing)
         return self
 
-    def forward(self, batch: Batch, *, ratio: float | None = None, seed: int = 0) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, *, scale: float = 1.0, ratio: float | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
         """Run one micro-batch; call inside `attached`.
 
         Args:
             batch: on the module's device.
+            scale: factor of the loss.
             ratio: retained ratio of this forward; the compressor's own when None.
             seed: of sampled candidates.
 
         Returns:
-            Scalars. "loss": the objective summed over the answer tokens, the only one with a gradient. Sums for the
-            record: "cross_entropy" and "divergence" over answer tokens, "correct_tokens", "correct_answers" and
-            "answers" (an answer is correct if its every token is the likeliest), "kept_video", "kept_audio".
+            Scalars. "loss": the objective summed over the answer tokens, times `scale`; the only one with a gradient.
+            Sums for the record: "objective", "cross_entropy" and "divergence" over answer tokens, "correct_tokens",
+            "correct_answers" and "answers" (an answer is correct if its every token is the likeliest), "kept_video",
+            "kept_audio".
         """
         attachment = self._attachment
         if attachment is None:
@@ -95,9 +105,14 @@ class TrainingModule(nn.Module):
         assert attachment.last_plan is not None
         cross_entropy = F.cross_entropy(logits, attachment.targets, reduction="sum")
         divergence = cross_entropy.new_zeros(()) if teacher is None else divergence_from(teacher, logits)
+        objective = cross_entropy + self._distill_weight * divergence
+        gate = attachment.last_plan.gate
+        if self._gate_clip is not None and gate is not None:
+            gate.register_hook(partial(clip_rows, limit=self._gate_clip * scale))
         keep = attachment.last_plan.keep
         return {
-            "loss": cross_entropy + self._distill_weight * divergence,
+            "loss": objective * scale,
+            "objective": objective.detach(),
             "cross_entropy": cross_entropy.detach(),
             "divergence": divergence.detach(),
             **_accuracy(logits.detach(), attachment.targets, batch),
@@ -126,6 +141,12 @@ class TrainingModule(nn.Module):
         """[N, V] float32, of the LLM with all tokens."""
         with attachment.paused():
             return self._logits(attachment, batch, features)
+
+
+def clip_rows(values: Tensor, limit: float) -> Tensor:
+    """Rows [B, S] scaled down to a norm of at most `limit` each."""
+    norm = values.norm(dim=1, keepdim=True)
+    return values * (limit / norm.clamp(min=limit))
 
 
 def divergence_from(teacher: Tensor, student: Tensor) -> Tensor:

@@ -117,8 +117,8 @@ class Trainer:
         for micro_step, batch in enumerate(window):
             self._report_failures(batch)
             seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
-            outputs = self.engine(batch.to(self.engine.device), ratio=ratio, seed=seed)
-            self.engine.backward(outputs["loss"] * scale, scale_wrt_gas=False)
+            outputs = self.engine(batch.to(self.engine.device), scale=scale, ratio=ratio, seed=seed)
+            self.engine.backward(outputs["loss"], scale_wrt_gas=False)
             self.engine.step()
             meter.add(outputs, batch)
 
