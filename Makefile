@@ -23,7 +23,7 @@ quickstart: $(READY)
 	$(BIN)/deepspeed --num_gpus $$($(BIN)/python -c '$(RANKS)') train.py --config recipes/quickstart.yaml
 	$(BIN)/python tools/export.py $(RUN) $(RUN)/export
 	$(BIN)/python eval.py --config recipes/eval_testbed.yaml output_dir=$(RUN) \
-		methods='[full,random,stvp,omnizip,divprune_om,$(RUN)/export]' ratios='[0.25]'
+		methods='[full,random,stvp,omnizip,divprune_om,$(RUN)/export]' ratios='[0.25]' questions_per_clip=10
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

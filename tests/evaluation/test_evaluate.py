@@ -73,6 +73,14 @@ def test_questions_are_asked_alone(config: EvalConfig) -> None:
     assert asked.rstrip().endswith("assistant")
 
 
+def test_only_the_first_questions_of_a_clip(config: EvalConfig) -> None:
+    whole = open_benchmark(config)[1][0]
+    config.questions_per_clip = 2
+    clip = open_benchmark(config)[1][0]
+    assert clip.n_questions == 2
+    assert [q.meta["question"] for q in clip.questions] == [q.meta["question"] for q in whole.questions[:2]]
+
+
 def test_lines_with_the_same_id_are_refused(config: EvalConfig) -> None:
     _, benchmark = open_benchmark(config)
     lines = benchmark._conversations

@@ -180,14 +180,14 @@ class EvalConfig:
     batch_size: int = option(1, "clips per forward, with all their questions; memory grows with it")
     max_new_tokens: int = option(16, "of an answer, decoded greedily")
     limit: int | None = option(None, "only the first clips of the manifest")
+    questions_per_clip: int | None = option(None, "only the first questions of each clip; time grows with questions")
     bootstrap: int = option(2000, "resamples behind the 95 % intervals, clustered by clip")
     seed: int = option(0, "of the bootstrap; methods that draw have a seed among their own fields")
     output_dir: str = option(MISSING, "report.json, the table and the resolved config go here")
 
     def __post_init__(self) -> None:
         _positive("", self, "batch_size", "max_new_tokens", "bootstrap")
-        if self.limit is not None:
-            _positive("", self, "limit")
+        _positive("", self, *(name for name in ("limit", "questions_per_clip") if getattr(self, name) is not None))
         if not self.methods:
             raise ConfigError("methods is empty; name at least one, for example methods=[full,random]")
         if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:

@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from torch import Tensor
@@ -61,12 +62,20 @@ class Benchmark(Protocol):
 class ManifestBenchmark:
     """Every question turn of a manifest, asked on its own, right if it equals the manifest's answer."""
 
-    def __init__(self, name: str, conversations: Sequence[Conversation], loader: MediaLoader) -> None:
+    def __init__(
+        self,
+        name: str,
+        conversations: Sequence[Conversation],
+        loader: MediaLoader,
+        *,
+        questions_per_clip: int | None = None,
+    ) -> None:
         """
         Args:
             name: in the report.
             conversations: e.g. a `Manifest`; lines without a question are skipped.
             loader: reads the media of each line once for all its questions.
+            questions_per_clip: ask only the first so many of each; None asks all.
 
         Raises:
             ManifestError: no questions, or two lines have the same id.
@@ -79,6 +88,7 @@ class ManifestBenchmark:
         if ids.most_common(1)[0][1] > 1:
             raise ManifestError(f"{name}: two lines have the id {ids.most_common(1)[0][0]!r}; ids must be unique")
         self._loader = loader
+        self._questions_per_clip = questions_per_clip
         self._tokenizer = loader.preprocessor.tokenizer
         self.pad_token_id = int(self._tokenizer.pad_token_id)
 
@@ -87,7 +97,7 @@ class ManifestBenchmark:
 
     def __getitem__(self, index: int) -> Clip:
         conversation = self._conversations[index]
-        questions = list(conversation.questions())
+        questions = list(islice(conversation.questions(), self._questions_per_clip))
         clip = " ".join(str(part.path) for part in conversation.media) or conversation.id
         try:
             media = self._loader.load(questions[-1])

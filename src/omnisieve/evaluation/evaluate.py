@@ -55,7 +55,8 @@ def open_benchmark(config: EvalConfig) -> tuple[Any, ManifestBenchmark]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation, device)
     loader = media_loader(config.model.path, adapter_for(model), config.data)
-    return model, ManifestBenchmark(config.benchmark, Manifest(config.manifest)[: config.limit], loader)
+    clips = Manifest(config.manifest)[: config.limit]
+    return model, ManifestBenchmark(config.benchmark, clips, loader, questions_per_clip=config.questions_per_clip)
 
 
 def run(config: EvalConfig, model: Any, benchmark: Benchmark, methods: Sequence[Method]) -> Results:
