@@ -46,7 +46,7 @@ class Engine:
 
 
 def make_store(folder: Path, *, limit: int = 2, ranks: int = 1, width: int = 16) -> CheckpointStore:
-    return CheckpointStore(folder, Alone(world_size=ranks), identity={"compressor": {"width": width}}, limit=limit)
+    return CheckpointStore(folder, Alone(world_size=ranks), identity={"compressor.width": width}, limit=limit)
 
 
 def steps(folder: Path) -> list[str]:
@@ -107,7 +107,10 @@ def test_damage_is_found_before_anything_is_loaded(tmp_path: Path, name: str, da
     assert engine.loaded == []
 
 
-@pytest.mark.parametrize(("changed", "told"), [({"ranks": 2}, "number of ranks 1"), ({"width": 32}, "compressor")])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"ranks": 2}, "number of ranks was 1, is 2"), ({"width": 32}, "compressor.width was 16, is 32")],
+)
 def test_another_run_is_refused(tmp_path: Path, changed: dict[str, int], told: str):
     path = make_store(tmp_path).save(Engine(), 1, {})
     engine = Engine()

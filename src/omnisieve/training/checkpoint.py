@@ -104,12 +104,13 @@ class CheckpointStore:
         """
         verify(path)
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        for name, value in self._identity.items():
-            if state["identity"][name] != value:
-                raise CheckpointError(
-                    f"{path} was written with {name} {state['identity'][name]}, this run has {value}: use the same, or "
-                    f"choose another output_dir and start from the weights with train.init_from"
-                )
+        written, here = state["identity"], self._identity
+        if changed := sorted(name for name in written | here if written.get(name) != here.get(name)):
+            pairs = "; ".join(f"{name} was {written.get(name)}, is {here.get(name)}" for name in changed)
+            raise CheckpointError(
+                f"{path} belongs to another run ({pairs}): use the same settings, or choose another output_dir and start "
+                f"from the weights with train.init_from"
+            )
         engine.load_checkpoint(str(path), ENGINE_FOLDER, load_module_strict=False)
         _restore_random_state(torch.load(path / _random_file(self._ranks.rank), weights_only=True))
         return state

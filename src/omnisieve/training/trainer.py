@@ -53,7 +53,10 @@ class Trainer:
         self._store = CheckpointStore(
             self._directory,
             ranks,
-            identity={"compressor": config.compressor, "train.zero_stage": config.train.zero_stage},
+            identity={
+                **{f"compressor.{name}": value for name, value in config.compressor.items()},
+                "train.zero_stage": config.train.zero_stage,
+            },
             limit=config.train.save_total_limit,
         )
         self._reported: set[str] = set()
