@@ -108,8 +108,8 @@ class CheckpointStore:
         if changed := sorted(name for name in written | here if written.get(name) != here.get(name)):
             pairs = "; ".join(f"{name} was {written.get(name)}, is {here.get(name)}" for name in changed)
             raise CheckpointError(
-                f"{path} belongs to another run ({pairs}): use the same settings, or choose another output_dir and start "
-                f"from the weights with train.init_from"
+                f"{path} belongs to another run ({pairs}): use the same settings, or choose another output_dir and "
+                f"start from the weights with train.init_from"
             )
         engine.load_checkpoint(str(path), ENGINE_FOLDER, load_module_strict=False)
         _restore_random_state(torch.load(path / _random_file(self._ranks.rank), weights_only=True))
