@@ -170,7 +170,8 @@ def test_teacher_sees_all_tokens_at_the_same_rows(thinker):
     with torch.no_grad(), attach(thinker, learned_toy(HIDDEN), Estimator("masked")) as attachment:
         with attachment.paused():
             attachment.expect(labels=labels, answer_tokens=ANSWER * len(SAMPLES))
-            assert torch.equal(thinker(**inputs).logits, expected)
+            # Not bit for bit: the head runs on fewer rows.
+            torch.testing.assert_close(thinker(**inputs).logits, expected, rtol=0, atol=1e-5)
         assert torch.equal(attachment.targets, labels[labels != -100])
         attachment.expect(labels=labels, answer_tokens=ANSWER * len(SAMPLES))
         assert thinker(**inputs).logits.shape == expected.shape
