@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import omnisieve
 from omnisieve import build_compressor, load_compressor, save_compressor
-from omnisieve.artifact import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, ArtifactError, _sha256, is_artifact
+from omnisieve.artifact import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, ArtifactError, is_artifact
 from omnisieve.compressors import Compressor, CompressorError
+from omnisieve.files import sha256
 
 HIDDEN = 24
 SETTINGS = {"width": 16, "heads": 2, "pruner_channels": 4, "video_ratio": 0.25, "audio_ratio": 0.5}
@@ -39,7 +40,7 @@ def rewrite_weights(folder: Path, change) -> None:
     weights = load_file(folder / WEIGHTS_FILE)
     change(weights)
     save_file(weights, folder / WEIGHTS_FILE)
-    rewrite_config(folder, weights_sha256=_sha256(folder / WEIGHTS_FILE))
+    rewrite_config(folder, weights_sha256=sha256(folder / WEIGHTS_FILE))
 
 
 def rewrite_config(folder: Path, **values) -> None:

@@ -15,15 +15,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 BELOW_COMPRESSORS = {"plan", "layout", "ops"}
 BELOW_BACKBONES = BELOW_COMPRESSORS | {"compressors"}
-BELOW_TRAINING = BELOW_BACKBONES | {"artifact", "backbones", "config", "data"}
+BELOW_TRAINING = BELOW_BACKBONES | {"artifact", "backbones", "config", "data", "files"}
 MAY_USE: dict[str, set[str]] = {
     "ops": set(),
     "layout": {"ops"},
     "plan": {"layout", "ops"},
     "compressors": BELOW_COMPRESSORS,
     "config": set(),
+    "files": set(),
     "data": {"layout"},
-    "artifact": BELOW_BACKBONES,
+    "artifact": BELOW_BACKBONES | {"files"},
     "backbones": BELOW_BACKBONES | {"config", "data"},
     "training": BELOW_TRAINING,
     "evaluation": BELOW_TRAINING,

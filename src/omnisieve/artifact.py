@@ -7,9 +7,7 @@ is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from omnisieve import __version__
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
+from omnisieve.files import flush, sha256
 
 FORMAT = "omnisieve-compressor"
 FORMAT_VERSION = 1
@@ -136,7 +135,7 @@ def _write(compressor: Compressor, folder: Path, card: dict[str, Any]) -> None:
         "settings": asdict(compressor.settings),
         "hidden_size": getattr(compressor, "hidden_size", None),
         "parameters": sum(p.numel() for p in compressor.parameters()),
-        "weights_sha256": _sha256(folder / WEIGHTS_FILE),
+        "weights_sha256": sha256(folder / WEIGHTS_FILE),
         "provenance": card,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -145,10 +144,10 @@ def _write(compressor: Compressor, folder: Path, card: dict[str, Any]) -> None:
     folder.chmod(0o755)
 
 
-def _load_weights(compressor: Compressor, path: Path, sha256: str) -> None:
+def _load_weights(compressor: Compressor, path: Path, expected_hash: str) -> None:
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; export the compressor again")
-    if _sha256(path) != sha256:
+    if sha256(path) != expected_hash:
         raise ArtifactError(f"{path} is not the file that {CONFIG_FILE} was written with; copy it again")
     try:
         weights = load_file(path)
@@ -182,7 +181,7 @@ def _compare(written: Compressor, read: Compressor, folder: Path) -> None:
 def _publish(staging: Path, target: Path) -> None:
     """Flush `staging` and rename it to `target`, whose old version goes only when the new one stands."""
     for path in (*staging.iterdir(), staging):
-        _flush(path)
+        flush(path)
     if target.exists():
         # Two renames: a kill between them leaves the old version under the other name.
         old = target.with_name(f".{target.name}.old")
@@ -192,23 +191,11 @@ def _publish(staging: Path, target: Path) -> None:
         shutil.rmtree(old)
     else:
         staging.rename(target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(target.parent)
 
 
 def _is_replaceable(target: Path) -> bool:
     return target.is_dir() and (is_artifact(target) or not any(target.iterdir()))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 _CARD = """\

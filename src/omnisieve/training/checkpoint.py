@@ -7,9 +7,7 @@ unpickled before they match. Even so, resume only from places you trust: a hash 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from omnisieve.files import flush, sha256
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.errors import CheckpointError
 
@@ -116,18 +115,18 @@ class CheckpointStore:
         return state
 
     def _publish(self, staging: Path, target: Path) -> None:
-        hashes = {str(p.relative_to(staging)): _sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+        hashes = {str(p.relative_to(staging)): sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
         (staging / MANIFEST_FILE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for path in (*staging.rglob("*"), staging):
-            _flush(path)
+            flush(path)
         # The same step is written again when an older checkpoint was resumed.
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
         latest = self.folder / f".{LATEST_FILE}"
         latest.write_text(f"{target.name}\n", encoding="utf-8")
-        _flush(latest)
+        flush(latest)
         latest.rename(self.folder / LATEST_FILE)
-        _flush(self.folder)
+        flush(self.folder)
         steps = sorted((int(p.name.rpartition("-")[2]), p) for p in self.folder.glob("checkpoint-*"))
         older = [path for step, path in steps if path != target]
         for path in older[: max(len(older) + 1 - self._limit, 0)]:
@@ -144,7 +143,7 @@ def verify(path: Path) -> None:
     if not manifest.is_file():
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST_FILE}")
     hashes = json.loads(manifest.read_text(encoding="utf-8"))
-    bad = [name for name, wanted in hashes.items() if not (path / name).is_file() or _sha256(path / name) != wanted]
+    bad = [name for name, wanted in hashes.items() if not (path / name).is_file() or sha256(path / name) != wanted]
     if bad:
         raise CheckpointError(
             f"{path} is damaged: {', '.join(bad)} missing or changed; copy it again, or name an older checkpoint "
@@ -175,16 +174,3 @@ def _restore_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
