@@ -59,6 +59,10 @@ def test_round_trip_is_bit_equal(compressor: Compressor, exported: Path) -> None
     assert "| backbone | tiny |" in (exported / CARD_FILE).read_text()
 
 
+def test_an_export_is_readable_by_others(exported: Path) -> None:
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (exported, *exported.iterdir()))
+
+
 def test_bfloat16_stays_bfloat16(compressor: Compressor, tmp_path: Path) -> None:
     loaded = load_compressor(save_compressor(compressor.to(torch.bfloat16), tmp_path / "out"))
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}

@@ -140,8 +140,9 @@ def _write(compressor: Compressor, folder: Path, card: dict[str, Any]) -> None:
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(_card(config), encoding="utf-8")
-    # mkdtemp made the folder private; an export is meant to be shared.
+    # mkdtemp and safetensors make private files; an export is meant to be shared.
     folder.chmod(0o755)
+    (folder / WEIGHTS_FILE).chmod(0o644)
 
 
 def _load_weights(compressor: Compressor, path: Path, expected_hash: str) -> None:
