@@ -100,7 +100,9 @@ class Adapter:
             return batch.features
         extra: dict[str, Tensor] = {}
         with ExitStack() as hooks:
-            install_saliency(self.audio_tower, needs, lambda n, v: extra.update({feature_name(n): v}), hooks)
+            install_saliency(
+                self.audio_tower, self.visual, needs, lambda n, v: extra.update({feature_name(n): v}), hooks
+            )
             video = image = audio = None
             if batch.pixel_values_videos is not None:
                 video = self._vision("video", batch.pixel_values_videos, batch.video_grid_thw)
@@ -133,7 +135,7 @@ class Adapter:
         return embeds
 
     def needs(self, features: Features, layout: TokenLayout, needs: Sequence[Need]) -> dict[Need, Tensor]:
-        """Encoder statistics of `features` arranged to [B, S]; zeros where a batch has no such token.
+        """Encoder statistics of `features` arranged to [B, S, ...]; zeros where a batch has no such token.
 
         Raises:
             BackboneError: the features were cached without a statistic that is needed.
@@ -146,7 +148,7 @@ class Adapter:
                     f"the cached features hold no {feature_name(need)!r}, which this compressor needs: cache them "
                     f"again for it (they hold {sorted(features.extra) or 'no statistics'})"
                 )
-            found[need] = arrange(values, need.modality, layout)
+            found[need] = arrange(values, need, layout)
         return found
 
     def layout(
@@ -193,16 +195,30 @@ def feature_name(need: Need) -> str:
     return f"{need.modality.name.lower()}/{need.kind}.{need.span}"
 
 
-def arrange(values: Tensor | None, modality: Modality, layout: TokenLayout) -> Tensor:
-    """Values of one modality's tokens in batch order, [N] or None for N = 0, as [B, S]; 0 elsewhere."""
-    flat = np.flatnonzero(layout.modality == modality)
-    out = torch.zeros(layout.batch_size * layout.length, device=layout.device)
-    if values is not None:
-        if len(flat) != len(values):
-            raise BackboneError(f"{len(values)} values for {len(flat)} {modality.name.lower()} tokens")
-        index = torch.from_numpy(flat).to(layout.device, non_blocking=True)
-        out = out.index_copy(0, index, values.to(out.device, out.dtype))
-    return out.reshape(layout.batch_size, layout.length)
+def arrange(values: Tensor | None, need: Need, layout: TokenLayout) -> Tensor:
+    """Values of one modality's tokens in batch order as [B, S, ...]; 0 elsewhere.
+
+    Args:
+        values: [N, ...]; not read if the batch has no token of the modality, when the width of keys becomes 1.
+        need: what they are.
+        layout: of the batch, with N tokens of the modality.
+
+    Raises:
+        BackboneError: values of other tokens.
+    """
+    flat = np.flatnonzero(layout.modality == need.modality)
+    shape = (layout.batch_size, layout.length)
+    if values is None or not len(flat):
+        return (
+            torch.zeros(*shape, 1, device=layout.device)
+            if need.kind == "keys"
+            else torch.zeros(shape, device=layout.device)
+        )
+    if len(flat) != len(values):
+        raise BackboneError(f"{len(values)} values for {len(flat)} {need.modality.name.lower()} tokens")
+    index = torch.from_numpy(flat).to(layout.device, non_blocking=True)
+    out = torch.zeros(layout.batch_size * layout.length, *values.shape[1:], device=layout.device)
+    return out.index_copy(0, index, values.to(out.device, out.dtype)).unflatten(0, shape)
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -114,7 +114,7 @@ class Attachment:
 
         Args:
             layout: of the batch; required when the model is given `inputs_embeds`.
-            needs: encoder statistics [B, S] that come with cached features, instead of computing them.
+            needs: encoder statistics [B, S, ...] that come with cached features, instead of computing them.
             labels: [B, S] long, unshifted, -100 outside answers. The logits then are [N, V], one row for each
                 answer token of the batch, and `targets` holds the tokens.
             answer_tokens: N, counted on the host.
@@ -137,7 +137,7 @@ class Attachment:
         hooks.callback(adapter.embeddings.register_forward_pre_hook(self._on_embedding, with_kwargs=True).remove)
         hooks.callback(adapter.decoder.register_forward_pre_hook(self._on_decoder, with_kwargs=True).remove)
         hooks.callback(adapter.lm_head.register_forward_pre_hook(self._on_head).remove)
-        install_saliency(adapter.audio_tower, self.compressor.needs, self._on_saliency, hooks)
+        install_saliency(adapter.audio_tower, adapter.visual, self.compressor.needs, self._on_saliency, hooks)
 
     def _on_embedding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._flow.input_ids = args[0] if args else kwargs.get("input")
@@ -235,7 +235,7 @@ class Attachment:
         return plan
 
     def _need(self, need: Need, layout: TokenLayout, given: Mapping[Need, Tensor]) -> Tensor:
-        """[B, S], given with cached features or measured in the encoder that has just run."""
+        """[B, S, ...], given with cached features or measured in the encoder that has just run."""
         if need in given:
             return given[need].repeat_interleave(layout.batch_size // len(given[need]), dim=0)
         values = self._flow.saliency.get(need)
@@ -244,7 +244,7 @@ class Attachment:
                 f"{self.compressor.name} needs {need.kind} of {need.modality.name.lower()} tokens, but the encoder "
                 "did not run in this forward: hand it in with `attachment.expect(needs=...)`"
             )
-        return arrange(values, need.modality, layout)
+        return arrange(values, need, layout)
 
     def _compress(
         self,

@@ -106,7 +106,9 @@ def _pool_pairs(values: Tensor, positions: np.ndarray) -> Tensor:
     return (values[index] + values[index + 1]) / 2
 
 
-def install_saliency(audio_tower: nn.Module, needs: Sequence[Need], deliver: Deliver, hooks: ExitStack) -> None:
+def install_saliency(
+    audio_tower: nn.Module, visual: nn.Module, needs: Sequence[Need], deliver: Deliver, hooks: ExitStack
+) -> None:
     """Compute `needs` whenever the encoders run, until `hooks` is closed.
 
     Raises:

@@ -32,23 +32,59 @@ class UnreachableRatioError(CompressorError):
     """A method cannot meet the ratio on these samples; the message names the reachable range."""
 
 
+Statistic = Literal["attention_received", "mean_query_attention", "keys"]
+Span = Literal["encoder", "window", "frame", "global"]
+# What may be asked for, per kind and modality.
+_SPANS: Mapping[tuple[str, Modality], tuple[Span, ...]] = {
+    ("attention_received", Modality.VIDEO): ("encoder", "frame", "window", "global"),
+    ("attention_received", Modality.AUDIO): ("encoder", "window", "global"),
+    ("mean_query_attention", Modality.VIDEO): ("frame",),
+    ("keys", Modality.VIDEO): ("encoder",),
+    ("keys", Modality.AUDIO): ("encoder",),
+}
+
+
 @dataclass(frozen=True)
 class Need:
-    """A statistic that a method wants per media token beside the embeddings.
+    """A statistic of the encoder's last block that a method wants per media token beside the embeddings.
+
+    The mean of both attentions over a span is 1, so values of different spans do not compare. A method that ranks
+    across spans asks for a wider one, or divides by the mean of the token's window
+    (`compressors.saliency.relative_to_window`).
 
     Attributes:
-        kind: "attention_received": softmax attention of the encoder's last layer, mean over heads, summed over
-            queries (mean 1 over a span), pooled to LLM tokens.
-        modality: of which tokens.
-        span: "encoder": within the encoder's own attention blocks; "global": recomputed over the whole item.
+        kind: "attention_received" [B, S]: softmax attention, mean over heads, summed over the queries of the span.
+            "mean_query_attention" [B, S]: attention of the mean query of the span to the tokens' mean keys, mean over
+            heads, times the number of tokens (FastVID's saliency for Qwen).
+            "keys" [B, S, d_head]: mean over heads, after the rotary embedding where the block has one.
+            Encoder positions that make one token are averaged; 0 outside the modality.
+        modality: of which tokens; video or audio.
+        span: which positions attend to each other. "encoder": as the block itself attends (a frame of video; of audio
+            2 s in Qwen2.5-Omni, 8 s in Qwen3-Omni); "frame": one frame, of video only; "window": two consecutive
+            frames of an item, 2 s of audio; "global": the whole item. Keys have no span: leave "encoder". The
+            attention of a mean query is defined for "frame" only.
+
+    Raises:
+        CompressorError: these do not go together.
     """
 
-    kind: Literal["attention_received"]
+    kind: Statistic
     modality: Modality
-    span: Literal["encoder", "global"] = "encoder"
+    span: Span = "encoder"
+
+    def __post_init__(self) -> None:
+        kinds = sorted({kind for kind, _ in _SPANS})
+        if self.kind not in kinds:
+            raise CompressorError(f"no encoder statistic is called {self.kind!r}; there are {', '.join(kinds)}")
+        spans = _SPANS.get((self.kind, self.modality), ())
+        if self.span not in spans:
+            raise CompressorError(
+                f"{self.kind} of {self.modality.name.lower()} tokens does not exist for span {self.span!r}; "
+                f"possible are {', '.join(map(repr, spans)) or 'none'}"
+            )
 
 
-Needs = Mapping[Need, Tensor]  # [B, S] each, 0 outside the modality
+Needs = Mapping[Need, Tensor]  # [B, S] or [B, S, d_head] each, see `Need`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +168,7 @@ class Compressor(nn.Module):
         Args:
             embeds: [B, S, D] merged embeddings, media rows after the projectors.
             layout: what each token is.
-            needs: a [B, S] tensor for every entry of `self.needs`.
+            needs: the tensor of every entry of `self.needs`, see `Need`.
         """
         raise NotImplementedError
 
@@ -146,7 +182,7 @@ class Compressor(nn.Module):
         return twin
 
     def statistic(self, needs: Needs | None, need: Need) -> Tensor:
-        """The [B, S] tensor of a declared need.
+        """The tensor of a declared need, [B, S] or [B, S, d_head].
 
         Raises:
             CompressorError: it was not given.
