@@ -6,7 +6,8 @@ file, so no array goes unread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,19 @@ class Vectors:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file."""
+    """All arrays of a file. In a JSON file every value is one, named by its keys: "outer/inner"."""
+    if path.suffix == ".json":
+        return dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
     with np.load(path) as archive:
         return {name: archive[name] for name in archive.files}
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", np.asarray(value)
 
 
 def resolver(folder: Path, fallback: Path) -> Callable[[str], dict[str, np.ndarray]]:
