@@ -23,7 +23,7 @@ def main() -> int:
         return fail(error)
     # Imported only now, so that help and mistakes in the configuration show at once.
     from omnisieve.evaluation.evaluate import USER_ERRORS, evaluate
-    from omnisieve.evaluation.report import markdown, write_report
+    from omnisieve.evaluation.report import check_answered, markdown, write_report
 
     try:
         # Now, not after hours of work: the folder must be writable.
@@ -33,10 +33,11 @@ def main() -> int:
         return fail(error)
     try:
         report, cells = evaluate(config)
+        write_report(report, cells, config.output_dir)
+        print(markdown(report), end="")
+        check_answered(report, cells)
     except USER_ERRORS as error:
         return fail(error)
-    write_report(report, cells, config.output_dir)
-    print(markdown(report), end="")
     return 0
 
 

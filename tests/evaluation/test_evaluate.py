@@ -89,19 +89,36 @@ def test_lines_with_the_same_id_are_refused(config: EvalConfig) -> None:
 
 
 def test_command_line(config: EvalConfig, manifest: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(ROOT)
-    arguments = [
-        "eval.py", "--config", "recipes/eval_testbed.yaml", f"manifest={manifest}", "methods=[no_media]", "limit=1",
-        "data.workers=0", f"output_dir={tmp_path / 'out'}",
-    ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path("eval.py", run_name="__main__")
-    assert stop.value.code == 0
+    assert run_eval(manifest, tmp_path / "out", monkeypatch) == 0
     assert "| no_media | 0% |" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "eval.yaml", "predictions.jsonl", "report.json", "report.md",
     ]  # fmt: skip
+
+
+def test_nothing_answered_ends_with_an_error_and_a_report(manifest: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    only = manifest.with_name("broken.jsonl")
+    only.write_text(manifest.read_text().splitlines()[2])
+    assert run_eval(only, tmp_path / "out", monkeypatch) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("eval.py: ")
+    assert "no_media" in told
+    assert "truncated" in told
+    (row,) = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert row["status"] != "ok"
+
+
+def run_eval(manifest: Path, output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit status of `eval.py` on the first line of a manifest."""
+    monkeypatch.chdir(ROOT)
+    arguments = [
+        "eval.py", "--config", "recipes/eval_testbed.yaml", f"manifest={manifest}", "methods=[no_media]", "limit=1",
+        "data.workers=0", f"output_dir={output_dir}",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path("eval.py", run_name="__main__")
+    return int(stop.value.code or 0)
 
 
 @pytest.mark.parametrize(

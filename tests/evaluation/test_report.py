@@ -5,8 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from omnisieve.evaluation.metrics import Answer
-from omnisieve.evaluation.report import Cell, Kind, make_report, markdown, write_report
+from omnisieve.evaluation.report import (
+    Cell,
+    EvaluationError,
+    Kind,
+    check_answered,
+    make_report,
+    markdown,
+    write_report,
+)
 
 ROW_KEYS = {
     "method", "benchmark", "retained_ratio", "status", "measured_ratio", "accuracy", "ci95", "n_questions", "n_clips",
@@ -60,6 +70,18 @@ def test_unreachable_rows_have_no_accuracy_and_a_reason() -> None:
     row = report["rows"][-1]
     assert (row["status"], row["accuracy"], row["ci95"], row["n_questions"]) == ("unreachable", None, None, 0)
     assert report["unreachable"][0]["reason"] == "at least 25 % of the video stays"
+
+
+def test_rows_without_an_answer_are_not_ok() -> None:
+    failed = [*cells(), Cell("late", "training-free", "world", 0.25, failures=8)]
+    report = make_report(failed, {}, failures=[{"clip": "c0", "error": "c0.mp4: video: cut"}])
+    row = report["rows"][-1]
+    assert (row["status"], row["accuracy"], row["n_failures"]) == ("unreachable", None, 8)
+    assert "c0.mp4" in report["unreachable"][-1]["reason"]
+    assert "| late | 25% | unreachable |" in markdown(report)
+    with pytest.raises(EvaluationError, match=r"late at 25% has no result: none .* first: c0\.mp4: video: cut"):
+        check_answered(report, failed)
+    check_answered(make_report(cells(), {}), cells())
 
 
 def test_learned_rows_are_compared_with_the_best_training_free_row() -> None:

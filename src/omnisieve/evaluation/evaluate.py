@@ -19,10 +19,10 @@ from omnisieve.data.feature_cache import FeatureCacheError
 from omnisieve.data.manifest import Manifest, ManifestError
 from omnisieve.evaluation.benchmarks import Benchmark, ManifestBenchmark
 from omnisieve.evaluation.methods import Method, resolve_methods
-from omnisieve.evaluation.report import Cell, make_report
+from omnisieve.evaluation.report import Cell, EvaluationError, make_report
 from omnisieve.evaluation.runner import Evaluation, Results
 
-USER_ERRORS = (ConfigError, BackboneError, CompressorError, FeatureCacheError, ManifestError)
+USER_ERRORS = (ConfigError, BackboneError, CompressorError, EvaluationError, FeatureCacheError, ManifestError)
 """What a user can cure; their messages need no traceback."""
 
 

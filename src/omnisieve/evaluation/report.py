@@ -22,6 +22,10 @@ Kind = Literal["full", "training-free", "learned", "bound"]
 """What a method is: all tokens, a method of the field, a trained one, or a bound that knows the answer."""
 
 
+class EvaluationError(ValueError):
+    """An evaluation has no result; the message says which and why."""
+
+
 @dataclass
 class Cell:
     """Everything that one row is made from.
@@ -46,6 +50,11 @@ class Cell:
     @property
     def ok(self) -> bool:
         return self.unreachable is None and bool(self.answers)
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the method can have the ratio, but no question was asked."""
+        return self.unreachable is None and not self.answers
 
 
 def make_report(
@@ -75,14 +84,28 @@ def make_report(
                 "method": c.method,
                 "benchmark": c.benchmark,
                 "retained_ratio": c.retained_ratio,
-                "reason": c.unreachable,
+                "reason": c.unreachable or _nothing_asked(failures),
             }
             for c in cells
-            if c.unreachable is not None
+            if not c.ok
         ],
         "failures": list(failures),
         "environment": dict(environment),
     }
+
+
+def check_answered(report: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+    """Refuse a report in which a method was asked nothing.
+
+    Raises:
+        EvaluationError: names the first such method, and the first clip that could not be read.
+    """
+    empty = next((cell for cell in cells if cell.unanswered), None)
+    if empty is not None:
+        raise EvaluationError(
+            f"{empty.benchmark}: {empty.method} at {empty.retained_ratio:.0%} has no result: "
+            f"{_nothing_asked(report['failures'])}"
+        )
 
 
 def write_report(report: Mapping[str, Any], cells: Sequence[Cell], directory: str | Path) -> None:
@@ -113,12 +136,17 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _nothing_asked(failures: Sequence[Mapping[str, str]]) -> str:
+    first = f"; first: {failures[0]['error']}" if failures else ""
+    return f"none of its questions could be asked (clips that cannot be read: {len(failures)}{first})"
+
+
 def _row(cell: Cell, samples: int, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": cell.method,
         "benchmark": cell.benchmark,
         "retained_ratio": cell.retained_ratio,
-        "status": "unreachable" if cell.unreachable is not None else "ok",
+        "status": "ok" if cell.ok else "unreachable",
         "measured_ratio": dict.fromkeys(("video", "audio", "total")),
         "accuracy": None,
         "ci95": None,
