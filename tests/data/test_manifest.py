@@ -134,6 +134,21 @@ def test_a_wrong_line_names_file_line_and_key(tmp_path: Path, line: Any, message
     assert str(tmp_path / "m.jsonl") in str(caught.value)
 
 
+def test_missing_media_are_named_with_line_and_cure(tmp_path: Path) -> None:
+    (tmp_path / "there.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    names = ["there.mp4", "a.mp4", "b.mp4", "a.mp4", "folder.mp4", "c.mp4"]
+    lines = manifest(tmp_path, *({"messages": [user("<video>?"), ANSWER], "videos": [name]} for name in names))
+    lines.check(1)
+    with pytest.raises(ManifestError) as caught:
+        lines.check()
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path}/m.jsonl: 4 of 5 media files are missing: line 2: {tmp_path}/a.mp4; line 3: ")
+    assert "line 5: " in told
+    assert "; and 1 more. Correct the paths" in told
+    assert "c.mp4" not in told
+
+
 def test_unusual_line_separators_are_content(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(
         json.dumps({"messages": [user("a\u2028b\x85")]}, ensure_ascii=False).encode() + b"\r\n\n" + b'{"messages": []}'

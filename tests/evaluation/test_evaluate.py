@@ -63,6 +63,14 @@ def test_report_of_real_files(config: EvalConfig) -> None:
     assert json.loads(json.dumps(report))["methods"]["random"]["kind"] == "training-free"
 
 
+def test_missing_media_show_before_the_model_is_loaded(config: EvalConfig, tmp_path: Path) -> None:
+    config.manifest, config.model.path = str(tmp_path / "m.jsonl"), str(tmp_path / "nowhere")
+    question = {"role": "user", "content": "<video>What?"}
+    Path(config.manifest).write_text(json.dumps({"messages": [question], "videos": ["gone.mp4"]}))
+    with pytest.raises(ManifestError, match=r"gone\.mp4"):
+        open_benchmark(config)
+
+
 def test_questions_are_asked_alone(config: EvalConfig) -> None:
     """A prompt holds the media, its own question and no other question or answer."""
     _, benchmark = open_benchmark(config)

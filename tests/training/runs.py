@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ from tests.training.batches import CLIPS, make_batch, with_features
 
 OMNISIFT = {"method": "omnisift", "retained_ratio": 0.25, "width": 16, "heads": 2, "pruner_channels": 8}
 VAL_BATCHES = 3  # an odd number: of two ranks, one has nothing left in the last round
+
+
+@dataclass
+class Alone:
+    """The only rank, without a process group."""
+
+    rank: int = 0
+    world_size: int = 1
+    is_first: bool = True
+
+    def barrier(self) -> None:
+        pass
 
 
 def make_config(output_dir: Path, *, dtype: Any = "float32", **train: Any) -> TrainConfig:

@@ -10,9 +10,10 @@ import torch
 from omnisieve.artifact import save_compressor
 from omnisieve.compressors import CompressorError, build_compressor
 from omnisieve.config import ConfigError, RatioSection
-from omnisieve.training.build import make_compressor
+from omnisieve.data.manifest import ManifestError
+from omnisieve.training.build import build_trainer, make_compressor
 from tests.models import HIDDEN
-from tests.training.runs import OMNISIFT, make_config
+from tests.training.runs import OMNISIFT, Alone, make_config
 
 
 def make(tmp_path: Path, section: dict, **train):
@@ -67,3 +68,17 @@ def test_a_drawn_ratio_and_a_fixed_split_exclude_each_other(tmp_path: Path):
     config.train.ratio = RatioSection(min=0.2, max=0.4)
     with pytest.raises(ConfigError, match=r"audio_ratio and train\.ratio exclude"):
         make_compressor(config, HIDDEN)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_missing_media_show_before_the_model_is_loaded(tmp_path: Path, split: str):
+    (tmp_path / "there.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    (tmp_path / "gone.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "<video>Hi"}], "videos": ["gone.mp4"]}'
+    )
+    config = make_config(tmp_path)
+    config.model.path = str(tmp_path / "nowhere")
+    config.data.train = config.data.val = str(tmp_path / "there.jsonl")
+    setattr(config.data, split, str(tmp_path / "gone.jsonl"))
+    with pytest.raises(ManifestError, match=r"gone\.mp4"):
+        build_trainer(config, Alone())

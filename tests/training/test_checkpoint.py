@@ -13,18 +13,7 @@ import torch
 
 from omnisieve.training.checkpoint import CheckpointStore
 from omnisieve.training.errors import CheckpointError
-
-
-@dataclass
-class Alone:
-    """The only rank, without a process group."""
-
-    rank: int = 0
-    world_size: int = 1
-    is_first: bool = True
-
-    def barrier(self) -> None:
-        pass
+from tests.training.runs import Alone
 
 
 @dataclass

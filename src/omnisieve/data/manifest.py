@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ import datasets
 
 KINDS = ("video", "audio", "image")
 ROLES = ("system", "user", "assistant")
+# Missing files that a message names.
+_NAMED = 3
 _TAG = re.compile(r"<(video|audio|image)>")
 _SAMPLING: dict[str, Any] = {"fps": (int, float), "max_frames": (int,)}
 
@@ -106,7 +109,7 @@ class Manifest(Sequence[Conversation]):
 
         Raises:
             ManifestError: the file is missing, is not UTF-8 or has no lines. A wrong line is reported when it is
-                read, or by `check`.
+                read, or by `check`, which also looks for the media files.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -133,10 +136,24 @@ class Manifest(Sequence[Conversation]):
         row = self._table[int(index)]
         return _parse(row["text"], self.path, row["line"])
 
-    def check(self) -> None:
-        """Read every line; raises `ManifestError` at the first wrong one."""
-        for _ in self:
-            pass
+    def check(self, limit: int | None = None) -> None:
+        """Read the first `limit` lines, or all, and look for their media files.
+
+        Raises:
+            ManifestError: at the first wrong line; or, naming some of them, because files are missing.
+        """
+        first_lines: dict[Path, int] = {}
+        for row in islice(self._table, limit):
+            for part in _parse(row["text"], self.path, row["line"]).media:
+                first_lines.setdefault(part.path, row["line"])
+        missing = [f"line {line}: {path}" for path, line in first_lines.items() if not path.is_file()]
+        if missing:
+            more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            raise ManifestError(
+                f"{self.path}: {len(missing)} of {len(first_lines)} media files are missing: "
+                f"{'; '.join(missing[:_NAMED])}{more}. Correct the paths (they are relative to {self.path.parent}), "
+                "copy the files there, or take the lines out"
+            )
 
 
 def _parse(text: str, path: Path, line: int) -> Conversation:

@@ -51,11 +51,18 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
 
 
 def open_benchmark(config: EvalConfig) -> tuple[Any, ManifestBenchmark]:
-    """The model, on the accelerator where there is one, and the manifest's clips read as it wants them."""
+    """The model, on the accelerator where there is one, and the manifest's clips read as it wants them.
+
+    Raises:
+        BackboneError, FeatureCacheError, ManifestError: what the configuration names is not there or does not fit.
+    """
+    # Before the model is loaded: a missing file should show at once.
+    manifest = Manifest(config.manifest)
+    manifest.check(config.limit)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation, device)
     loader = media_loader(config.model.path, adapter_for(model), config.data)
-    clips = Manifest(config.manifest)[: config.limit]
+    clips = manifest[: config.limit]
     return model, ManifestBenchmark(config.benchmark, clips, loader, questions_per_clip=config.questions_per_clip)
 
 

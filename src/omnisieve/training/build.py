@@ -19,7 +19,7 @@ from omnisieve.data.media import MediaError
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.errors import TrainingError
 from omnisieve.training.objective import TrainingModule
-from omnisieve.training.streams import open_streams
+from omnisieve.training.streams import check_manifests, open_streams
 from omnisieve.training.trainer import Trainer
 
 USER_ERRORS = (
@@ -42,6 +42,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         BackboneError, CompressorError, ManifestError, FeatureCacheError: what the configuration names is not there or
             does not fit.
     """
+    check_manifests(config.data)
     if not ranks.is_first:
         disable_progress_bar()
     # The same start on every rank.

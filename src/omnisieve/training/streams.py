@@ -34,6 +34,17 @@ class Streams:
     val: Iterable[tuple[Batch, bool]] | None = None
 
 
+def check_manifests(data: DataSection) -> None:
+    """Read the manifests and look for their media files, which is quick; everything after it is not.
+
+    Raises:
+        ManifestError: a line is wrong, or files are missing.
+    """
+    for path in (data.train, data.val):
+        if path is not None:
+            Manifest(path).check()
+
+
 def open_streams(data: DataSection, train: TrainSection, media: MediaLoader, ranks: Ranks) -> Streams:
     """Read the manifests and lay their clips out for this rank.
 
