@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from omnisieve import build_compressor, list_compressors
-from omnisieve.compressors import Compressor, Need
+from omnisieve.compressors import Compressor, Need, compressor_type
+from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.layout import TokenLayout
 from tests.layouts import LayoutSpec, make_layout
 
@@ -31,7 +32,9 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("random", {}),
     ("stvp", {}),
 ]
-METHODS = [(name, fields) for name in list_compressors() for fields in VARIANTS.get(name, [{}])]
+ALL = [(name, fields) for name in list_compressors() for fields in VARIANTS.get(name, [{}])]
+METHODS = [case for case in ALL if not issubclass(compressor_type(case[0]), InnerCompressor)]
+INNER = [case for case in ALL if case not in METHODS]
 
 LAYOUTS = {
     "audio_video": LayoutSpec(),

@@ -1,6 +1,14 @@
 """Token compressors, one file per method."""
 
-from omnisieve.compressors import divprune, full, omnisift, omnizip, random, stvp  # noqa: F401  registers the methods
+from omnisieve.compressors import (  # noqa: F401  registers the methods
+    divprune,
+    fastv,
+    full,
+    omnisift,
+    omnizip,
+    random,
+    stvp,
+)
 from omnisieve.compressors.base import (
     Budget,
     Compressor,

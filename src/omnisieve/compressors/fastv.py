@@ -1,0 +1,120 @@
+"""FastV: of what enters layer K of the LLM only the tokens that the last text token attends to stay.
+
+Layers 0 to K - 1 process every token; the score is the attention of layer K - 1 from the last text token, averaged
+over heads (arXiv 2403.06764). `fastv_om` keeps the best video and the best audio tokens of a sample, each modality
+apart, as SEATS evaluates FastV. A retained ratio R is averaged over the L layers, so that the cut keeps
+(R L - K) / (L - K); what this leaves nothing of is unreachable.
+
+The published in-place code has no cache and SEATS scores with layer K - 1 applied to its own output, which is nobody's
+attention: `score: seats_post_layer`. `rounding="official"` keeps max(1, round(ratio * n)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnisieve.compressors.base import Budget, CompressorError, UnreachableRatioError, register
+from omnisieve.compressors.inner import PUBLISHED_DEPTH, Cut, InnerCompressor, InnerSettings, ScoreAt, keep_best
+from omnisieve.layout import MEDIA, Modality, TokenLayout
+from omnisieve.ops.budget import largest_remainder, round_count
+
+PUBLISHED_K = 2
+RATIOS = ("retained_ratio", "video_ratio", "audio_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastvSettings(InnerSettings):
+    """Settings of FastV.
+
+    Attributes:
+        k: layers that process every token; None scales the published 2 of 28 to the depth of the model.
+        score: "attention": of layer k - 1 itself; "seats_post_layer": its norm and projections applied to its output.
+    """
+
+    k: int | None = None
+    score: Literal["attention", "seats_post_layer"] = "attention"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in ("attention", "seats_post_layer"):
+            raise CompressorError(f"fastv: score is {self.score!r}; choose 'attention' or 'seats_post_layer'")
+        if self.k is not None and self.k < 1:
+            raise CompressorError(f"fastv: k is {self.k}; at least one layer must see every token")
+
+
+@register("fastv_om")
+class FastvOm(InnerCompressor):
+    """See the module's docstring; settings in `FastvSettings`."""
+
+    settings: FastvSettings
+    settings_type = FastvSettings
+
+    def cuts(self) -> tuple[Cut, ...]:
+        """One, after layer K - 1."""
+        layer = self._full_layers() - 1
+        return (Cut(layer, ScoreAt(layer, "input" if self.settings.score == "attention" else "output")),)
+
+    def counts(self, layout: TokenLayout) -> np.ndarray:
+        """See `InnerCompressor.counts`."""
+        return self._after(layout).total[None]
+
+    def keep_after(self, cut: int, scores: Tensor, alive: Tensor, layout: TokenLayout) -> Tensor:
+        """Of each modality the best. See `InnerCompressor.keep_after`."""
+        after = self._after(layout)
+        best = [
+            keep_best(scores, alive, layout.segments("all", modality), after.of(modality)[:, None])
+            for modality in MEDIA
+        ]
+        return torch.stack(best).any(dim=0)
+
+    def first_fields(self) -> dict[str, Any]:
+        """A first stage keeps the square root of each ratio: halfway, by factors."""
+        return {name: ratio**0.5 for name, ratio in self._ratios().items()}
+
+    def budget(self, layout: TokenLayout) -> Budget:
+        """Averaged over layers, split as the sums over layers are."""
+        first, after, full = self.first.budget(layout), self._after(layout), self._full_layers()
+        sums = np.stack([full * first.of(m) + (self.num_layers - full) * after.of(m) for m in MEDIA], axis=1)
+        video, audio = largest_remainder(round_count(sums.sum(axis=1) / self.num_layers), sums).T
+        return Budget(video, audio, first.exact)
+
+    def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
+        """max(1, round(ratio * n)), halves to even."""
+        return np.maximum(round_count(sizes * self.ratio_of(modality)), np.minimum(sizes, 1))
+
+    def _full_layers(self) -> int:
+        """K."""
+        if self.settings.k is None:
+            return max(1, round(self.num_layers * PUBLISHED_K / PUBLISHED_DEPTH))
+        if self.settings.k >= self.num_layers:
+            raise CompressorError(f"{self.name}: k is {self.settings.k}, the model has {self.num_layers} layers")
+        return self.settings.k
+
+    def _ratios(self) -> dict[str, float]:
+        return {name: ratio for name in RATIOS if (ratio := getattr(self.settings, name)) is not None}
+
+    def _after(self, layout: TokenLayout) -> Budget:
+        """What the cut leaves of each modality."""
+        kept = self.at(**{name: self._converted(name, ratio) for name, ratio in self._ratios().items()})
+        first = self.first.budget(layout)
+        video, audio = (np.minimum(kept.counts_of(m, layout).sum(axis=1), first.of(m)) for m in MEDIA)
+        return Budget(video, audio, first.exact)
+
+    def _converted(self, name: str, ratio: float) -> float:
+        """The share that the cut keeps of all tokens, so that the mean over layers is `ratio`."""
+        share = self._full_layers() / self.num_layers
+        before = 1.0 if self.settings.first is None else ratio**0.5
+        converted = (ratio - share * before) / (1 - share)
+        if converted <= 0:
+            least = share if self.settings.first is None else share**2
+            raise UnreachableRatioError(
+                f"{self.name}: {name} {ratio:g} is a mean over {self.num_layers} layers, of which "
+                f"{self._full_layers()} process every token that enters the LLM; reachable are ratios above "
+                f"{least:.3f}, up to 1"
+            )
+        return converted
