@@ -21,7 +21,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "omnisift": [
         {"video_pruner": pruner, "width": 32, "heads": 4, "pruner_channels": 8} for pruner in ("learned", "similarity")
     ],
-    "omnizip": [{}, {"variant": "units"}, {"scope": "file", "merge_group": 15}],
+    "omnizip": [
+        {},
+        {"variant": "units"},
+        {"variant": "paper"},
+        {"scope": "file", "merge_scope": "file", "merge_group": 15},
+    ],
     "stvp": [{"audio_novelty": 0.3}],
 }
 PUBLISHED: list[tuple[str, dict[str, Any]]] = [
@@ -29,6 +34,7 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("omnisift", VARIANTS["omnisift"][1]),
     ("omnizip", {}),
     ("omnizip", {"variant": "units"}),
+    ("omnizip", {"variant": "paper"}),
     ("random", {}),
     ("stvp", {}),
 ]

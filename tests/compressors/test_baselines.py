@@ -153,6 +153,24 @@ class TestOmniZip:
         x = embeddings(layout)
         torch.testing.assert_close(plan.merge.apply(x)[0, ~merged], x[0, ~merged], rtol=0, atol=0)
 
+    def test_the_paper_hears_the_file_and_compares_within_the_window(self) -> None:
+        compressor = build_compressor("omnizip", retained_ratio=0.25, variant="paper")
+        assert compressor.needs[0].span == "global"
+        assert (compressor.scope, compressor.merge_scope) == ("file", "window")
+        published = build_compressor("omnizip", retained_ratio=0.25, variant="paper", rounding="official")
+        assert (published.scope, published.merge_scope) == ("file", "window")
+        chosen = build_compressor("omnizip", retained_ratio=0.25, variant="paper", scope="window", merge_scope="file")
+        assert (chosen.scope, chosen.merge_scope) == ("window", "file")
+
+    def test_the_paper_sees_lengths_and_core_directions(self) -> None:
+        """Scaling tokens leaves their directions alone."""
+        layout = make_layout(WIDE)
+        x = embeddings(layout)
+        scaled = x * (1 + torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3))).unsqueeze(-1)
+        for variant, same in (("core", True), ("paper", False)):
+            kept = [self.plan(layout, x=values, retained_ratio=0.3, variant=variant).keep for values in (x, scaled)]
+            assert torch.equal(*kept) is same
+
     def test_without_anchors_nothing_is_merged(self) -> None:
         assert self.plan(make_layout(WIDE), retained_ratio=0.25, merge_group=0).merge is None
 
@@ -162,7 +180,15 @@ class TestOmniZip:
             build_compressor("omnizip", retained_ratio=0.25).plan(embeddings(layout), layout)
 
     @pytest.mark.parametrize(
-        "fields", [{"variant": "paper"}, {"scope": "item"}, {"rho_min": 0.8}, {"merge_group": -1}, {"neighbours": 0}]
+        "fields",
+        [
+            {"variant": "cores"},
+            {"scope": "item"},
+            {"merge_scope": "item"},
+            {"rho_min": 0.8},
+            {"merge_group": -1},
+            {"neighbours": 0},
+        ],
     )
     def test_settings_that_cannot_be_are_refused(self, fields: dict) -> None:
         with pytest.raises(CompressorError, match=str(next(iter(fields.values())))):

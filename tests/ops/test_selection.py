@@ -36,16 +36,17 @@ def test_topk_orders_by_score_then_index(values: list[int], count: int, bits: in
     assert torch.equal(topk_mask(scores, valid, torch.tensor(count)), expected)
 
 
-def greedy(x: torch.Tensor, count: int) -> list[int]:
-    """Max-min selection as it is defined."""
+def greedy(x: torch.Tensor, count: int, weight: torch.Tensor | None = None) -> list[int]:
+    """Max-min selection as it is defined; a weight scales the column of a candidate."""
     distance = 1 - torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
+    distance = distance if weight is None else distance * weight
     rest, picks = set(range(len(x))), []
     for _ in range(min(count, len(x))):
         reference = picks or None
 
         def gain(i: int, reference=reference) -> tuple[float, int]:
             others = reference or [j for j in range(len(x)) if j != i]
-            return min((float(distance[i, j]) for j in others), default=0.0), -i
+            return min((float(distance[j, i]) for j in others), default=0.0), -i
 
         pick = max(rest, key=gain)
         picks.append(pick)
@@ -53,12 +54,14 @@ def greedy(x: torch.Tensor, count: int) -> list[int]:
     return picks
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_maxmin_is_the_greedy_definition(seed: int) -> None:
+def test_maxmin_is_the_greedy_definition(seed: int, weighted: bool) -> None:
     x, valid = ragged(seed)
-    order = maxmin_order(x, valid, 5)
+    weight = torch.rand(valid.shape, generator=torch.Generator().manual_seed(seed)) if weighted else None
+    order = maxmin_order(x, valid, 5, weight)
     for segment, size in enumerate(RAGGED.tolist()):
-        expected = greedy(x[segment, :size], 5)
+        expected = greedy(x[segment, :size], 5, None if weight is None else weight[segment, :size])
         assert order[segment, : len(expected)].tolist() == expected
 
 
@@ -72,17 +75,29 @@ def test_maxmin_counts_hold_for_short_segments_and_duplicates() -> None:
     assert not maxmin_mask(x, valid, torch.zeros(4, dtype=torch.long), 0).any()
 
 
+def test_a_large_weight_does_not_turn_rounding_into_distance() -> None:
+    """Duplicates are at distance 0, whatever their weight: nothing is picked twice and the lower index comes first."""
+    x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)).repeat(1, 4, 1)
+    weight = 1e6 * torch.rand(1, 12, generator=torch.Generator().manual_seed(1))
+    order = maxmin_order(x, torch.ones(1, 12, dtype=torch.bool), 12, weight)[0].tolist()
+    assert sorted(order) == list(range(12))
+    assert {i % 3 for i in order[:3]} == {0, 1, 2}
+
+
 def test_maxmin_copes_with_zero_vectors() -> None:
     x = torch.zeros(1, 4, 3)
     assert sorted(maxmin_order(x, torch.ones(1, 4, dtype=torch.bool), 4)[0].tolist()) == [0, 1, 2, 3]
 
 
-def density_by_hand(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def cosine_distance(x: torch.Tensor) -> torch.Tensor:
+    return 1 - torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
+
+
+def density_by_hand(distance: torch.Tensor, k: int, power: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Density peaks and isolation of one segment."""
-    distance = 1 - torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
-    n = len(x)
+    n = len(distance)
     others = [[float(distance[i, j]) for j in range(n) if j != i] for i in range(n)]
-    mean = torch.tensor([sum(sorted(row)[:k]) / max(min(k, n - 1), 1) for row in others])
+    mean = torch.tensor([sum(d**power for d in sorted(row)[:k]) / max(min(k, n - 1), 1) for row in others])
     density = (-mean).exp()
     peaks = []
     for i in range(n):
@@ -96,9 +111,29 @@ def test_density_peaks_and_isolation_are_their_definitions(neighbours: int) -> N
     x, valid = ragged()
     peaks, alone = density_peaks(x, valid, neighbours), isolation(x, valid, neighbours)
     for segment, size in enumerate(RAGGED.tolist()):
-        expected = density_by_hand(x[segment, :size], neighbours)
-        torch.testing.assert_close(peaks[segment, :size], expected[0], rtol=1e-5, atol=1e-6)
+        expected = density_by_hand(cosine_distance(x[segment, :size]), neighbours)
+        torch.testing.assert_close(peaks[segment, :size].exp(), expected[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(alone[segment, :size], expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 10])
+def test_euclidean_density_peaks_square_the_distances_of_the_density(neighbours: int) -> None:
+    x, valid = ragged()
+    peaks = density_peaks(x, valid, neighbours, "euclidean")
+    for segment, size in enumerate(RAGGED.tolist()):
+        tokens = x[segment, :size]
+        expected, _ = density_by_hand((tokens[:, None] - tokens[None]).norm(dim=-1), neighbours, power=2)
+        torch.testing.assert_close(peaks[segment, :size].exp(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_euclidean_density_peaks_are_told_apart_where_densities_underflow() -> None:
+    """Of a tight and a loose cluster of wide rows the centre of the tight one comes first."""
+    x = torch.randn(2, 8, 512, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0])[:, None, None]
+    x = torch.cat([x[0], x[1] + 10]).unsqueeze(0)
+    peaks = density_peaks(x, torch.ones(1, 16, dtype=torch.bool), 3, "euclidean")
+    assert not peaks.exp().any()
+    assert len(peaks.unique()) == 16
+    assert peaks.argmax() < 8
 
 
 def test_best_of_group_takes_the_best_of_each() -> None:

@@ -41,6 +41,20 @@ def spatiotemporal_saliency(embeds: Tensor, layout: TokenLayout) -> Tensor:
     return torch.where(has_previous, temporal, spatial)
 
 
+def alternating_saliency(tokens: Tensor, spatial: Tensor, odd: Tensor) -> Tensor:
+    """The spatial score in even frames, dissimilarity to the co-located token of the frame before in odd ones.
+
+    Args:
+        tokens: [B, F, P, D].
+        spatial: [B, F, P].
+        odd: [B, F, 1] bool; the frame before an odd one is the one before it in F.
+
+    Returns:
+        [B, F, P].
+    """
+    return torch.where(odd, 1 - cosine(tokens, tokens.roll(1, dims=1)), spatial)
+
+
 def relative_to_window(attention: Tensor, layout: TokenLayout) -> Tensor:
     """Audio attention divided by the mean of its window, [B, S]; 0 outside audio.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,38 +11,47 @@ from omnisieve.ops.similarity import unit
 from omnisieve.ops.topk import descending_rank
 
 
-def density_peaks(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
-    """How much an entry is the centre of a cluster of its own (DPC-kNN with cosine distance).
+def density_peaks(
+    x: Tensor, valid: Tensor, neighbours: int, metric: Literal["cosine", "euclidean"] = "cosine"
+) -> Tensor:
+    """How much an entry is the centre of a cluster of its own (DPC-kNN).
 
-    density = exp(-mean distance to the nearest neighbours); separation = distance to the nearest denser entry, or,
-    for the densest, to the farthest entry.
+    density = exp(-mean distance to the nearest neighbours), of squared distances if they are Euclidean; separation =
+    distance to the nearest denser entry, or, for the densest, to the farthest entry.
 
     Args:
         x: [..., L, D].
         valid: [..., L] bool.
         neighbours: k; entries of a segment with fewer others use all of them.
+        metric: of the distances.
 
     Returns:
-        separation * density, [..., L]; meaningless outside `valid`.
+        log(separation * density), [..., L]; meaningless outside `valid`. In logarithms, because densities of wide
+        Euclidean embeddings underflow.
     """
-    distance, others = _distances(x, valid)
-    density = torch.exp(-_nearest_mean(distance, others, neighbours))
-    denser = others & (density.unsqueeze(-2) > density.unsqueeze(-1))
-    separation = distance.masked_fill(~denser, torch.inf).amin(dim=-1)
+    distance, others = _distances(x, valid, metric)
+    sparsity = _nearest_mean(distance if metric == "cosine" else distance.square(), others, neighbours)
+    denser = others & (sparsity.unsqueeze(-2) < sparsity.unsqueeze(-1))
+    nearest_denser = distance.masked_fill(~denser, torch.inf).amin(dim=-1)
     farthest = distance.masked_fill(~others, 0).amax(dim=-1)
-    return torch.where(denser.any(dim=-1), separation, farthest) * density
+    separation = torch.where(denser.any(dim=-1), nearest_denser, farthest)
+    return separation.clamp(min=0).log() - sparsity
 
 
 def isolation(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
     """Mean cosine distance to the nearest neighbours, [..., L]; arguments as for `density_peaks`."""
-    return _nearest_mean(*_distances(x, valid), neighbours)
+    return _nearest_mean(*_distances(x, valid, "cosine"), neighbours)
 
 
-def _distances(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine distances [..., L, L] and which of them join two different valid entries."""
-    directions = unit(x)
+def _distances(x: Tensor, valid: Tensor, metric: Literal["cosine", "euclidean"]) -> tuple[Tensor, Tensor]:
+    """Distances [..., L, L] and which of them join two different valid entries."""
     itself = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
     others = valid.unsqueeze(-1) & valid.unsqueeze(-2) & ~itself
+    if metric == "euclidean":
+        wide = x if x.dtype == torch.float64 else x.float()
+        # One way of computing for every length: a segment is treated alike in every batch.
+        return torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist"), others
+    directions = unit(x)
     return 1 - directions @ directions.transpose(-1, -2), others
 
 
