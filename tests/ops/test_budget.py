@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnisieve.ops.budget import floor_product, largest_remainder, round_count
-from omnisieve.ops.waterfill import round_to_total, water_fill
+from omnisieve.ops.waterfill import level_out, round_to_total, share_out, water_fill
 
 sizes_and_share = st.tuples(st.lists(st.integers(0, 60), min_size=1, max_size=9), st.floats(0, 1))
 
@@ -57,7 +57,7 @@ def test_water_fill_meets_the_total_within_bounds(
     windows: list[tuple[int, float]], low: float, high: float, at: float
 ) -> None:
     weights, level = torch.tensor(windows, dtype=torch.float64).T[:, None]
-    bounds = torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64)
+    bounds = torch.tensor([[low]], dtype=torch.float64), torch.tensor([[high]], dtype=torch.float64)
     total = weights.sum(-1) * (low + at * (high - low))
     share = water_fill(weights, level, *bounds, total)
     assert ((share >= low) & (share <= high)).all()
@@ -73,10 +73,55 @@ def test_water_fill_meets_the_total_within_bounds(
 def test_round_to_total_is_exact(frames: list[tuple[int, float]], share: float) -> None:
     sizes = torch.tensor([[size for size, _ in frames]])
     total = (sizes.sum(-1) * share).long()
-    bounds = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    bounds = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     level = torch.tensor([[value for _, value in frames]], dtype=torch.float64)
     targets = water_fill(sizes.double(), level, *bounds, total.double()) * sizes
     counts = round_to_total(targets, sizes, total)
     assert torch.equal(counts.sum(-1), total)
     assert ((counts >= 0) & (counts <= sizes)).all()
     assert ((counts - targets).abs() < 1 + 1e-6).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=9), st.floats(0, 1))
+@settings(max_examples=300, deadline=None)
+def test_level_out_is_the_loop_that_moves_one_token_at_a_time(windows: list[tuple[int, int]], at: float) -> None:
+    most = [max(window) for window in windows]
+    counts = [min(window) for window in windows]
+    total = int(at * (sum(most) + 2))
+    expected = list(counts)
+    while sum(expected) > total and max(expected) > 1:
+        expected[expected.index(max(expected))] -= 1
+    while sum(expected) < total and expected != most:
+        smallest = min(c for c, m in zip(expected, most, strict=True) if c < m)
+        at_it = (i for i, (c, m) in enumerate(zip(expected, most, strict=True)) if c == smallest and c < m)
+        expected[next(at_it)] += 1
+    repaired = level_out(torch.tensor([counts]), torch.tensor([most]), torch.tensor([total]))
+    assert repaired[0].tolist() == expected
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 3), st.integers(0, 300)).map(lambda t: (t[0], t[1], t[1] + t[2])),
+        min_size=1,
+        max_size=12,
+    ),
+    st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_share_out_is_exact_proportional_and_within_bounds(windows: list[tuple[float, int, int]], at: float) -> None:
+    shares = torch.tensor([[window[0] for window in windows]], dtype=torch.float64)
+    low, high = (torch.tensor([[window[i] for window in windows]]) for i in (1, 2))
+    total = low.sum(-1) + ((high - low).sum(-1) * at).long()
+    counts = share_out(shares, low, high, total)
+    assert torch.equal(counts.sum(-1), total)
+    assert ((counts >= low) & (counts <= high)).all()
+    inside = (counts > low + 1) & (counts < high - 1) & (shares > 2e-3 * shares.max())
+    if inside.any():
+        # One factor for all whom no bound holds.
+        assert ((counts - 1) / shares)[inside].max() <= ((counts + 1) / shares)[inside].min()
+
+
+def test_share_out_gives_to_a_segment_without_share_only_what_the_others_cannot_take() -> None:
+    shares, low, high = torch.tensor([[1.0, 0.0]]), torch.tensor([[0, 0]]), torch.tensor([[10, 10]])
+    assert share_out(shares, low, high, torch.tensor([10]))[0].tolist() == [10, 0]
+    assert share_out(shares, low, high, torch.tensor([14]))[0].tolist() == [10, 4]

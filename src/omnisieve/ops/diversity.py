@@ -8,7 +8,7 @@ from torch import Tensor
 from omnisieve.ops.similarity import unit
 
 
-def maxmin_order(x: Tensor, valid: Tensor, count: int) -> Tensor:
+def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
     """The first `count` picks of every segment, in order.
 
     The first pick is the entry farthest from its nearest neighbour; each next one is farthest, in cosine distance,
@@ -18,6 +18,7 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int) -> Tensor:
         x: [..., L, D].
         valid: [..., L] bool.
         count: picks per segment, the largest that any segment needs.
+        weight: [..., L], at least 0: scales the distances of a candidate (winDivPrune of SEATS, section 4.1).
 
     Returns:
         [..., count] long, distinct up to the number of valid entries and meaningless after it. Of equal distances the
@@ -25,13 +26,16 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int) -> Tensor:
     """
     length = x.shape[-2]
     directions = unit(x)
-    distance = 1 - directions @ directions.transpose(-1, -2)
+    # Rounding leaves duplicates a little below 0, which a weight would blow up.
+    distance = (1 - directions @ directions.transpose(-1, -2)).clamp(min=0)
     itself = torch.eye(length, dtype=torch.bool, device=x.device)
     others = distance.masked_fill(itself | ~valid.unsqueeze(-2), torch.inf)
     nearest = others.amin(dim=-1)
     picks: list[Tensor] = []
     for _ in range(count):
-        pick = nearest.masked_fill(~valid, -torch.inf).argmax(dim=-1, keepdim=True)
+        # A candidate's weight is common to all its distances, so scaling the nearest one is enough.
+        gain = nearest if weight is None else nearest * weight
+        pick = gain.masked_fill(~valid, -torch.inf).argmax(dim=-1, keepdim=True)
         row = distance.gather(-2, pick.unsqueeze(-1).expand(*pick.shape, length)).squeeze(-2)
         # From the second pick on only distances to picked entries count.
         nearest = torch.minimum(nearest, row) if picks else row
@@ -40,7 +44,7 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int) -> Tensor:
     return torch.cat(picks, dim=-1) if picks else nearest.new_zeros((*nearest.shape[:-1], 0), dtype=torch.long)
 
 
-def maxmin_mask(x: Tensor, valid: Tensor, counts: Tensor, most: int) -> Tensor:
+def maxmin_mask(x: Tensor, valid: Tensor, counts: Tensor, most: int, weight: Tensor | None = None) -> Tensor:
     """The first `counts` picks of every segment as a mask.
 
     Args:
@@ -48,11 +52,12 @@ def maxmin_mask(x: Tensor, valid: Tensor, counts: Tensor, most: int) -> Tensor:
         valid: [..., L] bool.
         counts: [...] long, at most the number of valid entries.
         most: the largest of `counts`, known on the host.
+        weight: see `maxmin_order`.
 
     Returns:
         [..., L] bool.
     """
-    order = maxmin_order(x, valid, most)
+    order = maxmin_order(x, valid, most, weight)
     taken = torch.arange(most, device=x.device) < counts.unsqueeze(-1)
     # Adding, not setting: picks past the end of a short segment repeat an index.
     return torch.zeros_like(valid, dtype=torch.long).scatter_add(-1, order, taken.long()) > 0

@@ -17,17 +17,16 @@ def water_fill(weights: Tensor, level: Tensor, low: Tensor, high: Tensor, total:
     Args:
         weights: [B, G] float64, 0 for segments that are not there.
         level: [B, G] float64, what each segment would have.
-        low, high: [B] float64.
+        low, high: [B, G] or [B, 1] float64.
         total: [B] float64, between the weighted sums of `low` and of `high`.
 
     Returns:
         [B, G] float64 within `low` and `high`.
     """
-    low, high = low.unsqueeze(-1), high.unsqueeze(-1)
     kinks, order = torch.cat([low - level, high - level], dim=-1).sort(dim=-1, stable=True)
     slope = torch.cat([weights, -weights], dim=-1).gather(-1, order).cumsum(dim=-1)
     climbed = (slope[:, :-1] * kinks.diff(dim=-1)).cumsum(dim=-1)
-    reached = torch.cat([torch.zeros_like(climbed[:, :1]), climbed], dim=-1) + low * weights.sum(-1, keepdim=True)
+    reached = torch.cat([torch.zeros_like(climbed[:, :1]), climbed], dim=-1) + (low * weights).sum(-1, keepdim=True)
     at = torch.searchsorted(reached, total.unsqueeze(-1)).clamp(1, kinks.shape[-1] - 1) - 1
     missing = total.unsqueeze(-1) - reached.gather(-1, at)
     steepness = slope.gather(-1, at)
@@ -49,3 +48,48 @@ def round_to_total(targets: Tensor, sizes: Tensor, total: Tensor) -> Tensor:
     whole = torch.minimum(targets.floor().long(), sizes)
     missing = total - whole.sum(dim=-1)
     return whole + topk_mask(targets - whole, whole < sizes, missing)
+
+
+def share_out(shares: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
+    """Integers in proportion to `shares`, within bounds and with an exact sum.
+
+    Args:
+        shares: [B, G], at least 0.
+        low, high: [B, G] long.
+        total: [B] long, between the sums of `low` and of `high`.
+
+    Returns:
+        [B, G] long: one common factor times `shares`, clipped to the bounds and rounded by largest remainder.
+    """
+    # A share of nothing would need an endless factor.
+    weights = shares.double() / shares.amax(dim=-1, keepdim=True).double().clamp(min=1e-30)
+    weights = weights.clamp(min=1e-3)
+    factor = water_fill(weights, torch.zeros_like(weights), low / weights, high / weights, total.double())
+    return round_to_total(weights * factor, high, total)
+
+
+def level_out(counts: Tensor, most: Tensor, total: Tensor) -> Tensor:
+    """Repair integer counts to a sum one by one, all steps at once.
+
+    While there are too many, the largest count above 1 gives one away; while there are too few, the smallest count
+    below `most` takes one. Of equal counts the first goes first.
+
+    Args:
+        counts: [B, G] long, at most `most`.
+        most: [B, G] long.
+        total: [B] long; what the counts cannot reach is approached.
+
+    Returns:
+        [B, G] long.
+    """
+    fewer = total.unsqueeze(-1) < counts.sum(dim=-1, keepdim=True)
+    low = torch.where(fewer, counts.clamp(max=1), counts)
+    high = torch.where(fewer, counts, most)
+    total = torch.minimum(torch.maximum(total, low.sum(dim=-1)), high.sum(dim=-1))
+    ones = torch.ones_like(counts, dtype=torch.float64)
+    level = water_fill(ones, torch.zeros_like(ones), low.double(), high.double(), total.double())
+    # All end at the level; what the level has behind the point is left with those that gave last or took first.
+    whole = (level + 1e-9).floor()
+    place = torch.arange(counts.shape[-1], dtype=torch.float32, device=counts.device)
+    rest = topk_mask(torch.where(fewer, place, -place), level - whole > 1e-9, total - whole.sum(dim=-1).long())
+    return whole.long() + rest
