@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from omnisieve.backbones import BackboneError, adapter_for, load_backbone
@@ -22,13 +22,15 @@ from omnisieve.backbones.media import encoder_fingerprint, media_loader
 from omnisieve.config import ConfigError, TrainConfig, load_config
 from omnisieve.data.collate import collate
 from omnisieve.data.dataset import LoadedMedium, MediaLoader
+from omnisieve.data.errors import DataError
 from omnisieve.data.feature_cache import INDEX, FeatureCache, FeatureCacheError, FeatureCacheWriter
-from omnisieve.data.manifest import Conversation, Manifest, ManifestError, MediaPart
+from omnisieve.data.manifest import Conversation, Manifest, MediaPart
 from omnisieve.data.media import MediaError
+from omnisieve.data.read_ahead import ReadAhead
 
 
 class MediaFiles(Dataset[tuple[MediaPart, LoadedMedium | MediaError]]):
-    """Decodes and preprocesses in `DataLoader` workers."""
+    """Decodes and preprocesses, in worker processes."""
 
     def __init__(self, parts: Sequence[MediaPart], loader: MediaLoader) -> None:
         self.parts, self.loader = parts, loader
@@ -59,11 +61,13 @@ def main(argv: list[str]) -> int:
     if is_complete(folder, preprocessing, parts):
         print(f"{folder} holds all {len(parts)} files already")
         return 0
-    files = DataLoader(MediaFiles(parts, loader), batch_size=None, num_workers=config.data.workers)
+    files: ReadAhead[tuple[MediaPart, LoadedMedium | MediaError]] = ReadAhead(
+        MediaFiles(parts, loader), batch_size=None, num_workers=config.data.workers
+    )
     failed: list[MediaError] = []
     dtype = getattr(torch, config.model.dtype)
     with FeatureCacheWriter(folder, preprocessing, dtype=dtype) as cache:
-        for part, medium in tqdm(files, desc="encode", unit="file"):
+        for part, medium in tqdm(files, total=len(parts), desc="encode", unit="file"):
             if isinstance(medium, MediaError):
                 failed.append(medium)
                 cache.leave_out(part, medium)
@@ -101,5 +105,5 @@ def is_complete(folder: str, preprocessing: dict, parts: Sequence[MediaPart]) ->
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (BackboneError, ConfigError, FeatureCacheError, ManifestError) as error:
+    except (BackboneError, ConfigError, DataError) as error:
         sys.exit(f"cache_features.py: {error}")

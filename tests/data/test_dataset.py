@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from omnisieve.data.batch import Batch, Sample
 from omnisieve.data.collate import collate
 from omnisieve.data.dataset import MediaLoader, OmniDataset
+from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import Manifest
 from omnisieve.data.media import MediaError
 from omnisieve.data.preprocess import Preprocessor
@@ -193,7 +194,7 @@ def test_bad_files_are_replaced_by_a_function_of_the_index(
     assert "broken.mp4" in one.failures[0]
     assert dataset[2].failures == ()
     assert make_batch([one, dataset[1]]).failures == one.failures
-    with pytest.raises(RuntimeError, match=r"cannot be read; first: .*broken\.mp4"):
+    with pytest.raises(DataError, match=r"cannot be read; first: .*broken\.mp4"):
         OmniDataset(mixed[:1], loader, on_error="replace")[0]
 
 

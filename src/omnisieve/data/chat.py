@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from omnisieve.data.errors import DataError
 from omnisieve.data.tokens import IGNORED
 
 Message = Mapping[str, Any]
@@ -22,7 +23,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.template = template if template is not None else tokenizer.chat_template
         if self.template is None:
-            raise ValueError("the tokenizer has no chat template; save one with the processor")
+            raise DataError("the tokenizer has no chat template; save one with the processor")
 
     def encode(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels of a conversation.
@@ -37,6 +38,9 @@ class ChatFormat:
         Returns:
             input_ids [n] and labels [n], int64; a label is the token's id in every assistant turn including its
             end token, -100 elsewhere.
+
+        Raises:
+            DataError: the chat template does not suit the tokenizer, or rewrites earlier turns.
         """
         pieces = self._pieces(messages, generation_prompt)
         encoded = self.tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"]
@@ -57,7 +61,7 @@ class ChatFormat:
             prompt = self._render(messages[:index], True)
             answer = self._render(messages[: index + 1], False)
             if not (prompt.startswith(done) and answer.startswith(prompt)):
-                raise ValueError(
+                raise DataError(
                     "the chat template rewrites earlier turns when a turn is added, so answers cannot be told "
                     "from prompts; use a template that only appends"
                 )
@@ -77,7 +81,7 @@ class ChatFormat:
         """The answer's own ids up to its last end token; what a template writes behind it is not supervised."""
         ends = np.flatnonzero(ids == self.tokenizer.eos_token_id)
         if not len(ends):
-            raise ValueError(
+            raise DataError(
                 f"an answer does not end with the tokenizer's end token {self.tokenizer.eos_token!r}: tokenizer "
                 "and chat template do not belong together"
             )

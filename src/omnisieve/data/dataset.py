@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from omnisieve.data.batch import Features, Patches, Sample
+from omnisieve.data.errors import DataError
 from omnisieve.data.feature_cache import FeatureCache
 from omnisieve.data.manifest import Conversation, MediaPart
 from omnisieve.data.media import MediaError, MediaReader, read_image
@@ -112,10 +113,16 @@ class MediaLoader:
             conversation: whole, or one of its `questions()`.
             media: what `load` gave for it.
             generation_prompt: end with the header of the answer to come.
+
+        Raises:
+            DataError: the text or the chat template does not go with the media.
         """
-        ids, labels = self.preprocessor.chat.encode(conversation.messages, generation_prompt=generation_prompt)
         runs = [medium.run for medium in media]
-        sequence = expand(ids, runs, self.preprocessor.rules, labels)
+        try:
+            ids, labels = self.preprocessor.chat.encode(conversation.messages, generation_prompt=generation_prompt)
+            sequence = expand(ids, runs, self.preprocessor.rules, labels)
+        except DataError as error:
+            raise DataError(f"conversation {conversation.id}: {error}") from error
         videos = [medium.patches for medium in media if isinstance(medium.run, VideoRun)]
         images = [medium.patches for medium in media if isinstance(medium.run, ImageRun)]
         return Sample(
@@ -176,7 +183,7 @@ class OmniDataset(Dataset[Sample]):
                 if self.on_error == "raise":
                     raise
                 failures.append(str(error))
-        raise RuntimeError(
+        raise DataError(
             f"sample {index} and {_ATTEMPTS - 1} others drawn in its place cannot be read; first: {failures[0]}"
         )
 

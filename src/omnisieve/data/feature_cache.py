@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnisieve.data.batch import Features
+from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import MediaPart
 from omnisieve.data.media import MediaError, check_file
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun
@@ -30,7 +31,7 @@ INDEX = "index.json"
 _RUNS: dict[str, type] = {"video": VideoRun, "audio": AudioRun, "image": ImageRun}
 
 
-class FeatureCacheError(ValueError):
+class FeatureCacheError(DataError):
     """A cache that cannot serve; the message says what differs or what is missing, and the cure."""
 
 

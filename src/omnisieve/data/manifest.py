@@ -27,6 +27,8 @@ from typing import Any
 
 import datasets
 
+from omnisieve.data.errors import DataError
+
 KINDS = ("video", "audio", "image")
 ROLES = ("system", "user", "assistant")
 # Missing files that a message names.
@@ -35,7 +37,7 @@ _TAG = re.compile(r"<(video|audio|image)>")
 _SAMPLING: dict[str, Any] = {"fps": (int, float), "max_frames": (int,)}
 
 
-class ManifestError(ValueError):
+class ManifestError(DataError):
     """A manifest that cannot be used; the message names file, line, key and cure."""
 
 

@@ -46,6 +46,8 @@ import torch
 import torchaudio
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from omnisieve.data.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 SAMPLING_RATE = 16_000
@@ -70,7 +72,7 @@ _CURES = {
 }
 
 
-class MediaError(Exception):
+class MediaError(DataError):
     """A media file that cannot be used.
 
     Attributes:
@@ -149,7 +151,7 @@ class MediaReader:
             video, audio: what to decode.
 
         Raises:
-            MediaError: see the table above.
+            MediaError: see the table above. DataError: no decoding process can be started.
         """
         check_file(path)
         request = {"path": str(path), "fps": float(fps), "max_frames": max_frames, "max_seconds": max_seconds,
@@ -238,7 +240,7 @@ class MediaReader:
         except (TimeoutError, EOFError) as error:
             self.close()
             cure = f"see what '{sys.executable} -c \"import av, numpy, decord\"' says"
-            raise RuntimeError(f"the decoding process did not start: {cure}") from error
+            raise DataError(f"the decoding process did not start: {cure}") from error
         return self._child
 
     def _receive(self, size: int, deadline: float) -> bytearray:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from omnisieve.data.errors import DataError
 from omnisieve.layout import Modality, TokenMap
 
 IGNORED = -100
@@ -112,7 +113,7 @@ def expand(ids: np.ndarray, runs: Sequence[Run], rules: TokenRules, labels: np.n
         labels: [n]; nothing is supervised when None.
 
     Raises:
-        ValueError: placeholders and media do not match.
+        DataError: placeholders and media do not match.
     """
     labels = np.full(len(ids), IGNORED) if labels is None else labels
     places: list[int] = np.flatnonzero(
@@ -145,7 +146,7 @@ def _check_placeholders(found: np.ndarray, runs: Sequence[Run], rules: TokenRule
     names = {rules.image_token_id: "image", rules.video_token_id: "video", rules.audio_token_id: "audio"}
     wanted = [ids[type(run)] for run in runs]
     if found.tolist() != wanted:
-        raise ValueError(
+        raise DataError(
             f"the rendered conversation has placeholders for {[names[i] for i in found.tolist()]}, but its media "
             f"are {[names[i] for i in wanted]}: the chat template must write one placeholder per medium, and "
             "texts must not contain any"

@@ -15,14 +15,14 @@ from omnisieve.backbones import BackboneError, adapter_for, load_backbone
 from omnisieve.backbones.media import media_loader
 from omnisieve.compressors import CompressorError
 from omnisieve.config import ConfigError, EvalConfig
-from omnisieve.data.feature_cache import FeatureCacheError
-from omnisieve.data.manifest import Manifest, ManifestError
+from omnisieve.data.errors import DataError
+from omnisieve.data.manifest import Manifest
 from omnisieve.evaluation.benchmarks import Benchmark, ManifestBenchmark
 from omnisieve.evaluation.methods import Method, resolve_methods
 from omnisieve.evaluation.report import Cell, EvaluationError, make_report
 from omnisieve.evaluation.runner import Evaluation, Results
 
-USER_ERRORS = (ConfigError, BackboneError, CompressorError, EvaluationError, FeatureCacheError, ManifestError)
+USER_ERRORS = (ConfigError, BackboneError, CompressorError, DataError, EvaluationError)
 """What a user can cure; their messages need no traceback."""
 
 
@@ -33,8 +33,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
         the content of `report.json`, and what it was made from.
 
     Raises:
-        BackboneError, CompressorError, FeatureCacheError, ManifestError: what the configuration names is not there or
-            does not fit.
+        BackboneError, CompressorError, DataError: what the configuration names is not there or does not fit.
     """
     methods = resolve_methods(config.methods, config.settings)
     model, benchmark = open_benchmark(config)
@@ -54,7 +53,7 @@ def open_benchmark(config: EvalConfig) -> tuple[Any, ManifestBenchmark]:
     """The model, on the accelerator where there is one, and the manifest's clips read as it wants them.
 
     Raises:
-        BackboneError, FeatureCacheError, ManifestError: what the configuration names is not there or does not fit.
+        BackboneError, DataError: what the configuration names is not there or does not fit.
     """
     # Before the model is loaded: a missing file should show at once.
     manifest = Manifest(config.manifest)

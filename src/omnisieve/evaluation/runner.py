@@ -15,11 +15,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from omnisieve.backbones import adapter_for, attach
 from omnisieve.compressors import Compressor, UnreachableRatioError
+from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.evaluation.benchmarks import Benchmark, Clip
 from omnisieve.evaluation.bounds import show_evidence
 from omnisieve.evaluation.guards import MediaGuard
@@ -120,7 +121,8 @@ class Evaluation:
 
     def _batches(self) -> Iterator[list[Clip]]:
         """Clips in groups; waiting for them counts as time of "media"."""
-        clips = iter(DataLoader(cast(Dataset[Clip], self.benchmark), batch_size=None, num_workers=self.workers))
+        dataset = cast(Dataset[Clip], self.benchmark)
+        clips: Iterator[Clip] = iter(ReadAhead(dataset, batch_size=None, num_workers=self.workers))
         while True:
             with self._timed("media"):
                 group = list(islice(clips, self.clips_per_batch))

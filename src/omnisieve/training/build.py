@@ -13,24 +13,14 @@ from omnisieve.backbones import BackboneError, Estimator, adapter_for, load_back
 from omnisieve.backbones.media import media_loader
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
 from omnisieve.config import ConfigError, TrainConfig, check_fields
-from omnisieve.data.feature_cache import FeatureCacheError
-from omnisieve.data.manifest import ManifestError
-from omnisieve.data.media import MediaError
+from omnisieve.data.errors import DataError
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.errors import TrainingError
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.streams import check_manifests, open_streams
 from omnisieve.training.trainer import Trainer
 
-USER_ERRORS = (
-    ConfigError,
-    BackboneError,
-    CompressorError,
-    FeatureCacheError,
-    ManifestError,
-    MediaError,
-    TrainingError,
-)
+USER_ERRORS = (ConfigError, BackboneError, CompressorError, DataError, TrainingError)
 """What a user can cure; their messages need no traceback."""
 
 
@@ -39,8 +29,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
 
     Raises:
         ConfigError: the compressor's section does not fit its method.
-        BackboneError, CompressorError, ManifestError, FeatureCacheError: what the configuration names is not there or
-            does not fit.
+        BackboneError, CompressorError, DataError: what the configuration names is not there or does not fit.
     """
     check_manifests(config.data)
     if not ranks.is_first:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-from torch.utils.data import DataLoader
 
 from omnisieve.config import DataSection, TrainSection
 from omnisieve.data.batch import Batch
 from omnisieve.data.collate import collate
 from omnisieve.data.dataset import MediaLoader, OmniDataset
 from omnisieve.data.manifest import Manifest
+from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.data.sampler import StreamSampler
 from omnisieve.training.distributed import Ranks
 
@@ -90,7 +88,7 @@ class _Counted:
 
 def _loader(dataset: OmniDataset, batches: Iterable[list[int]], data: DataSection, ranks: Ranks) -> Iterable[Batch]:
     preprocessor = dataset.loader.preprocessor
-    loader: DataLoader[Any] = DataLoader(
+    return ReadAhead(
         dataset,
         batch_sampler=batches,
         num_workers=data.workers,
@@ -101,4 +99,3 @@ def _loader(dataset: OmniDataset, batches: Iterable[list[int]], data: DataSectio
         ),
         pin_memory=ranks.device.type != "cpu",
     )
-    return loader
