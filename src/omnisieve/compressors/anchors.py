@@ -182,7 +182,7 @@ class AnchoredAudio(Compressor):
         Returns:
             [B, F] long.
         """
-        _, low, high = self.video_rates(layout).squeeze(-1)
+        _, low, high = self.video_rates(layout)
         size, total = (
             torch.from_numpy(n).to(removed.device, non_blocking=True) for n in (frames.sizes, self.asked(layout).video)
         )
