@@ -16,21 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omnisieve.compressors.ratios import (
+    Budget,
+    CompressorError,
+    Settings,
+    asked_budget,
+    check_reach,
+    drop_share,
+)
+from omnisieve.compressors.ratios import UnreachableRatioError as UnreachableRatioError
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
-from omnisieve.ops.budget import floor_product, largest_remainder, round_count
+from omnisieve.ops.budget import floor_product, largest_remainder
 from omnisieve.ops.topk import topk_mask
 from omnisieve.plan import Merge, Plan
-
-Rounding = Literal["exact", "official"]
-
-
-class CompressorError(ValueError):
-    """A compressor was asked for something it cannot do; the message says what and how to cure it."""
-
-
-class UnreachableRatioError(CompressorError):
-    """A method cannot meet the ratio on these samples; the message names the reachable range."""
-
 
 Statistic = Literal["attention_received", "mean_query_attention", "keys"]
 Span = Literal["encoder", "window", "frame", "global"]
@@ -87,68 +85,20 @@ class Need:
 Needs = Mapping[Need, Tensor]  # [B, S] or [B, S, d_head] each, see `Need`
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Budget of a compressor. Give `retained_ratio`, or one ratio per modality, or the total and one of the two.
-
-    Attributes:
-        retained_ratio: kept media tokens / media tokens, in (0, 1]. Alone, both modalities keep this share.
-        video_ratio, audio_ratio: kept share of one modality. With `retained_ratio` and one of them the other is
-            solved per sample.
-        rounding: "exact": the total is met by largest remainder; "official": as the published code rounds.
-    """
-
-    retained_ratio: float | None = None
-    video_ratio: float | None = None
-    audio_ratio: float | None = None
-    rounding: Rounding = "exact"
-
-    def __post_init__(self) -> None:
-        for name in ("retained_ratio", "video_ratio", "audio_ratio"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise CompressorError(f"{name} is {value}; it is a kept share and must lie in (0, 1]")
-        if self.rounding not in ("exact", "official"):
-            raise CompressorError(f"rounding is {self.rounding!r}; choose 'exact' or 'official'")
-        given = [r is not None for r in (self.retained_ratio, self.video_ratio, self.audio_ratio)]
-        if sum(given) == 3:
-            raise CompressorError("retained_ratio, video_ratio and audio_ratio are all given; leave one out")
-        if not given[0] and sum(given) == 1:
-            raise CompressorError("one of video_ratio and audio_ratio is given alone; add the other or retained_ratio")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Kept tokens per sample, known from the layout alone.
-
-    Attributes:
-        video, audio: [B] int64 on the host.
-        exact: False if these are upper bounds (published variants whose count depends on the content).
-    """
-
-    video: np.ndarray
-    audio: np.ndarray
-    exact: bool = True
-
-    @property
-    def total(self) -> np.ndarray:
-        """Kept media tokens per sample, [B]."""
-        return self.video + self.audio
-
-    def of(self, modality: Modality) -> np.ndarray:
-        return self.video if modality == Modality.VIDEO else self.audio
-
-
 class Compressor(nn.Module):
     """Decides which video and audio tokens the LLM sees.
 
-    Subclasses implement `plan` and may override `segments_of`, `official_counts` and `needs`. Training-free
+    Subclasses implement `plan` and may override `segments_of`, `official_counts`, `least` and `needs`. Training-free
     methods have no parameters; learned ones are ordinary modules.
+
+    Attributes:
+        audio_intact: whether `retained_ratio` alone leaves audio whole, so that video pays for both.
     """
 
     name: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
     learned: ClassVar[bool] = False
+    audio_intact: ClassVar[bool] = False
     segment_kinds: ClassVar[Mapping[Modality, SegmentKind]] = {Modality.VIDEO: "all", Modality.AUDIO: "all"}
 
     def __init__(self, settings: Settings) -> None:
@@ -213,30 +163,47 @@ class Compressor(nn.Module):
         return largest_remainder(self.asked(layout).of(modality), sizes)
 
     def asked(self, layout: TokenLayout) -> Budget:
-        """The exact budget that the ratios ask for, before it is split over segments."""
-        video, audio = layout.counts(Modality.VIDEO), layout.counts(Modality.AUDIO)
-        s = self.settings
-        if s.retained_ratio is None:
-            return Budget(_share(video, s.video_ratio), _share(audio, s.audio_ratio))
-        total = _share(video + audio, s.retained_ratio)
-        if s.audio_ratio is not None:
-            kept_audio = np.where(video > 0, _share(audio, s.audio_ratio), total)
-            return Budget(_reachable(total - kept_audio, video, s, "video"), kept_audio)
-        if s.video_ratio is not None:
-            kept_video = np.where(audio > 0, _share(video, s.video_ratio), total)
-            return Budget(kept_video, _reachable(total - kept_video, audio, s, "audio"))
-        kept_video, kept_audio = largest_remainder(total, np.stack([video, audio], axis=1)).T
-        return Budget(kept_video, kept_audio)
+        """The exact budget that the ratios ask for, before it is split over segments.
+
+        Raises:
+            UnreachableRatioError: some sample cannot keep so little or so much; names the reachable range.
+        """
+        budget = asked_budget(self.settings, layout, self.audio_intact)
+        low = Budget(self.least(Modality.VIDEO, layout), self.least(Modality.AUDIO, layout))
+        check_reach(self.settings, budget, low, layout, self._solved, self.name)
+        return budget
+
+    def least(self, modality: Modality, layout: TokenLayout) -> np.ndarray:
+        """Fewest tokens of one modality that the method can keep, [B]."""
+        return np.zeros(layout.batch_size, dtype=np.int64)
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """Kept tokens per segment as the published code rounds, [B, G]: n - int(n * (1 - ratio)) unless overridden."""
-        return sizes - floor_product(sizes, drop_share(self.ratio_of(modality)))
+        return sizes - floor_product(sizes, drop_share(self.shares_of(modality, layout)))
 
     def ratio_of(self, modality: Modality) -> float:
         """The kept share of one modality as written in the settings, for published rounding rules."""
-        own = self.settings.video_ratio if modality == Modality.VIDEO else self.settings.audio_ratio
-        ratio = self.settings.retained_ratio if own is None else own
-        return 1.0 if ratio is None else ratio
+        if self.audio_intact and modality == Modality.AUDIO and self.settings.video_ratio is None:
+            return self.settings.audio_ratio or 1.0
+        return self.settings.ratio_of(modality)
+
+    def shares_of(self, modality: Modality, layout: TokenLayout) -> np.ndarray:
+        """The kept share of one modality per sample, [B, 1]: `ratio_of`, or solved from the total and the other's.
+
+        Raises:
+            UnreachableRatioError: see `asked`.
+        """
+        self.asked(layout)
+        if modality != self._solved:
+            return np.full((layout.batch_size, 1), self.ratio_of(modality))
+        other = Modality.AUDIO if modality == Modality.VIDEO else Modality.VIDEO
+        kept = self.ratio_of(modality) * layout.counts(*MEDIA) - self.ratio_of(other) * layout.counts(other)
+        # Where the rounded total was just reachable, this may fall short by less than a token.
+        return (kept / np.maximum(layout.counts(modality), 1)).clip(0, 1)[:, None]
+
+    @property
+    def _solved(self) -> Modality | None:
+        return self.settings.solved(self.audio_intact)
 
     # Selection.
 
@@ -277,30 +244,6 @@ class Compressor(nn.Module):
             gate=gate,
             merge=merge,
         )
-
-
-def drop_share(ratio: float) -> float:
-    """The removed fraction that belongs to a kept one, as people write it: 1 - 0.3 is 0.7, not 0.7000000000000001."""
-    return round(1.0 - ratio, 12)
-
-
-def _share(counts: np.ndarray, ratio: float | None) -> np.ndarray:
-    """Rounded share of `counts`, at least one token where there is any."""
-    return np.maximum(round_count(counts * (1.0 if ratio is None else ratio)), np.minimum(counts, 1))
-
-
-def _reachable(kept: np.ndarray, available: np.ndarray, settings: Settings, solved: str) -> np.ndarray:
-    """Check a solved budget; a sample without this modality has none to solve."""
-    kept = np.where(available > 0, kept, 0)
-    low, high = np.minimum(available, 1), available
-    if ((kept < low) | (kept > high)).any():
-        sample = int(np.argmax((kept < low) | (kept > high)))
-        raise UnreachableRatioError(
-            f"retained_ratio {settings.retained_ratio} leaves {int(kept[sample])} {solved} tokens of "
-            f"{int(available[sample])} for sample {sample} once the other modality has its share; "
-            f"reachable are {int(low[sample])} to {int(high[sample])}: change retained_ratio or the fixed ratio"
-        )
-    return kept
 
 
 # Registry.

@@ -15,7 +15,7 @@ def round_count(value: np.ndarray | float) -> np.ndarray:
     return np.round(np.where(np.abs(scaled - nearest_half) < GUARD, nearest_half, scaled)).astype(np.int64)
 
 
-def floor_product(count: np.ndarray, fraction: float) -> np.ndarray:
+def floor_product(count: np.ndarray, fraction: np.ndarray | float) -> np.ndarray:
     """`int(count * fraction)` exactly as the published codes compute it, binary fractions included."""
     return np.floor(np.asarray(count, dtype=np.float64) * fraction).astype(np.int64)
 
