@@ -51,6 +51,8 @@ def job(ranks: Ranks, folder: Path) -> dict[str, Any]:
     found["whole"] = run(ranks, folder / "whole", max_steps=6, save_every=3, **random)
     middle = folder / "whole" / "checkpoints" / "checkpoint-3"
     found["resumed"] = run(ranks, folder / "resumed", max_steps=6, resume=str(middle), **random)
+    if ranks.is_first:
+        (folder / "parts" / "best" / "of a run cut short").mkdir(parents=True)
     found["stopped"] = run(ranks, folder / "parts", max_steps=6, stop_at=2, **random)
     found["continued"] = run(ranks, folder / "parts", max_steps=6, **random)
     for stage in (1, 3):
@@ -142,6 +144,11 @@ def test_a_run_leaves_what_its_docs_promise(results):
     }  # fmt: skip
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6", "latest"]
     assert (folder / "checkpoints" / "latest").read_text() == "checkpoint-6\n"
+
+
+def test_the_best_of_a_run_cut_short_does_not_stay(results):
+    for size in (1, 2):
+        assert not (results[size][0] / "parts" / "best" / "of a run cut short").exists()
 
 
 def test_checkpoints_hold_no_frozen_parameter(results):

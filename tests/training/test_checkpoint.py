@@ -111,11 +111,34 @@ def test_another_run_is_refused(tmp_path: Path, changed: dict[str, int], told: s
 def test_what_resume_means(tmp_path: Path):
     store = make_store(tmp_path)
     assert store.find("auto") is None
-    path = store.save(Engine(), 1, {})
     assert store.find("never") is None
-    assert store.find(str(path)) == path
+    path = store.save(Engine(), 1, {})
+    assert store.find("auto") == store.find(str(path)) == path
     with pytest.raises(CheckpointError, match="no checkpoint"):
         store.find(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("remains", ["best", "last", "checkpoints"])
+def test_a_new_run_does_not_begin_in_the_folder_of_another(tmp_path: Path, remains: str):
+    elsewhere = make_store(tmp_path / "a").save(Engine(), 1, {})
+    store = make_store(tmp_path / "b")
+    if remains == "checkpoints":
+        own = store.save(Engine(), 1, {})
+        assert store.find("auto") == store.find(str(own)) == own
+    else:
+        (tmp_path / "b" / remains).mkdir(parents=True)
+    for resume in ("never", str(elsewhere)):
+        with pytest.raises(CheckpointError, match=rf"b holds {remains}.* of another run, .*choose another output_dir"):
+            store.find(resume)
+
+
+def test_a_run_without_checkpoints_begins_again_unless_it_had_ended(tmp_path: Path):
+    store = make_store(tmp_path)
+    (tmp_path / "best").mkdir()
+    assert store.find("auto") is None
+    (tmp_path / "last").mkdir()
+    with pytest.raises(CheckpointError, match="holds last, best of another run"):
+        store.find("auto")
 
 
 def test_random_generators_go_on_where_they_were(tmp_path: Path):

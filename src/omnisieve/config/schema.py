@@ -135,7 +135,10 @@ class TrainSection:
     save_every: int = option(100, "steps between checkpoints; they hold trainables and optimiser only; 0: only the end")
     save_total_limit: int = option(2, "newest checkpoints that stay; the best compressor is kept apart, in best/")
     stop_at: int | None = option(None, "end with a checkpoint after this step, to be resumed later; null: at max_steps")
-    resume: str = option("auto", "auto: from the newest complete checkpoint in output_dir; never; or a checkpoint")
+    resume: str = option(
+        "auto",
+        "auto: from the newest checkpoint in output_dir, if any; never: begin in a folder without a run; or a checkpoint",
+    )
     init_from: str | None = option(None, "exported compressor to start from, with a fresh optimiser")
 
     def __post_init__(self) -> None:

@@ -27,6 +27,8 @@ ENGINE_FOLDER = "engine"
 LATEST_FILE = "latest"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
+# Exported compressors beside the checkpoints, in the run's folder.
+LAST, BEST = "last", "best"
 
 
 class CheckpointStore:
@@ -42,6 +44,7 @@ class CheckpointStore:
             limit: how many checkpoints are kept.
         """
         self.folder = directory / FOLDER
+        self._directory = directory
         self._ranks = ranks
         self._identity = {**identity, "number of ranks": ranks.world_size}
         self._limit = limit
@@ -80,8 +83,23 @@ class CheckpointStore:
             resume: "auto": the latest one, None if there is none; "never": None; else the path of a checkpoint.
 
         Raises:
-            CheckpointError: the path is no checkpoint.
+            CheckpointError: the path is no checkpoint; or the run's folder holds another run, whose checkpoints and
+                exports would be taken for those of this one.
         """
+        found = self._named(resume)
+        latest = f"{FOLDER}/{LATEST_FILE}"
+        remains = [name for name in (latest, LAST, BEST) if (self._directory / name).exists()]
+        if resume == "auto" and remains == [BEST]:
+            return found  # a run that was cut short before its first checkpoint begins again
+        if remains and (found is None or found.parent.resolve() != self.folder.resolve()):
+            go_on = ", or go on with that run by train.resume=auto" if latest in remains else ""
+            raise CheckpointError(
+                f"{self._directory} holds {', '.join(remains)} of another run, and train.resume is {resume}: choose "
+                f"another output_dir or move the folder away{go_on}"
+            )
+        return found
+
+    def _named(self, resume: str) -> Path | None:
         if resume == "never":
             return None
         if resume != "auto":

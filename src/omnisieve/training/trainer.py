@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from omnisieve.artifact import save_compressor
 from omnisieve.config import TrainConfig, save_config
 from omnisieve.data.batch import Batch
-from omnisieve.training.checkpoint import CheckpointStore
+from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, gathered, learning_rates
 from omnisieve.training.errors import CheckpointError, TrainingError
@@ -28,7 +29,6 @@ from omnisieve.training.streams import Streams, closable
 from omnisieve.training.tracking import Tracker
 
 CONFIG_FILE = "config.yaml"
-LAST, BEST = "last", "best"
 
 
 class Trainer:
@@ -176,14 +176,20 @@ class Trainer:
     # Files.
 
     def _open(self) -> None:
-        """Make the run's folder, and go on where a checkpoint ends."""
-        if self._ranks.is_first:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            save_config(self._config, self._directory / CONFIG_FILE)
-        self._ranks.barrier()
+        """Go on where a checkpoint ends, or begin; then the run's folder says with which configuration."""
         checkpoint = self._store.find(self._train.resume)
-        if checkpoint is None:
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self._ranks.barrier()
+        if not self._ranks.is_first:
             return
+        if checkpoint is None:
+            # Of a run that was cut short before its first checkpoint.
+            shutil.rmtree(self._directory / BEST, ignore_errors=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        save_config(self._config, self._directory / CONFIG_FILE)
+
+    def _resume(self, checkpoint: Path) -> None:
         state = self._store.load(self.engine, checkpoint)
         self.step, self.best_loss = state["step"], state["best_loss"]
         try:
