@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from omnisieve.training.checkpoint import CheckpointStore
+from omnisieve.config import TrainConfig, read_config
+from omnisieve.training.checkpoint import CheckpointStore, run_identity
 from omnisieve.training.errors import CheckpointError
 from tests.training.runs import Alone
 
@@ -106,6 +107,38 @@ def test_another_run_is_refused(tmp_path: Path, changed: dict[str, int], told: s
     with pytest.raises(CheckpointError, match=told):
         make_store(tmp_path, **changed).load(engine, path)
     assert engine.loaded == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["train.lr=0.5", "train.weight_decay=0.5", "train.estimator.route=masked", "data.fps=1", "compressor.width=32",
+     "train.micro_batch_size=2", "train.ratio={min: 0.1, max: 0.5}", "model.dtype=float32", "train.init_from=other"],
+)  # fmt: skip
+def test_a_change_of_the_mathematics_is_refused_by_its_name(tmp_path: Path, change: str):
+    path = store_of(tmp_path).save(Engine(), 1, {})
+    key = change.partition("=")[0]
+    with pytest.raises(CheckpointError, match=rf"another run \({key}.* was .*, is .*\): use the same settings"):
+        store_of(tmp_path, change).load(Engine(), path)
+
+
+def test_what_changes_no_gradient_may_change(tmp_path: Path):
+    path = store_of(tmp_path).save(Engine(), 1, {})
+    changes = (
+        "train.max_steps=20", "train.stop_at=15", "train.log_every=1", "train.eval_every=7", "train.save_every=3",
+        "train.save_total_limit=9", "train.resume=never", "train.gradient_checkpointing=true", "data.workers=9",
+        "data.feature_cache=cache", "output_dir=moved", "model.attn_implementation=eager",
+    )  # fmt: skip
+    assert store_of(tmp_path, *changes).load(Engine(), path)["step"] == 1
+
+
+def store_of(folder: Path, *overrides: str) -> CheckpointStore:
+    """The checkpoints of a run with this configuration."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        "{model: {path: m}, compressor: {method: omnisift, width: 16}, data: {train: t}, output_dir: o, "
+        "train: {max_steps: 10, estimator: {route: hard_drop}}}"
+    )
+    return CheckpointStore(folder, Alone(), identity=run_identity(read_config(TrainConfig, recipe, overrides)))
 
 
 def test_what_resume_means(tmp_path: Path):

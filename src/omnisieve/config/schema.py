@@ -137,7 +137,7 @@ class TrainSection:
     stop_at: int | None = option(None, "end with a checkpoint after this step, to be resumed later; null: at max_steps")
     resume: str = option(
         "auto",
-        "auto: from the newest checkpoint in output_dir, if any; never: begin in a folder without a run; or a checkpoint",
+        "auto: from the newest checkpoint in output_dir, if any; never: in a folder without a run; or a checkpoint",
     )
     init_from: str | None = option(None, "exported compressor to start from, with a fresh optimiser")
 

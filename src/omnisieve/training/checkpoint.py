@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from omnisieve.config import TrainConfig
 from omnisieve.files import flush, sha256
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.errors import CheckpointError
@@ -29,6 +31,29 @@ MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 # Exported compressors beside the checkpoints, in the run's folder.
 LAST, BEST = "last", "best"
+# What a run that resumes may change: it moves no gradient, or (the number of steps) is what one resumes for.
+_FREE = {
+    "model.attn_implementation",
+    "data.workers",
+    "data.decode_seconds",
+    "data.feature_cache",
+    *(f"train.{name}" for name in ("max_steps", "stop_at", "resume", "gradient_checkpointing")),
+    *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_total_limit")),
+    "output_dir",
+}
+
+
+def run_identity(config: TrainConfig) -> dict[str, Any]:
+    """Dotted keys and values of a configuration that must be the same in a run that resumes."""
+    return {key: value for key, value in _flat(asdict(config)) if key not in _FREE}
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 class CheckpointStore:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from omnisieve.artifact import save_compressor
 from omnisieve.config import TrainConfig, save_config
 from omnisieve.data.batch import Batch
-from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore
+from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore, run_identity
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, gathered, learning_rates
 from omnisieve.training.errors import CheckpointError, TrainingError
@@ -53,10 +53,7 @@ class Trainer:
         self._store = CheckpointStore(
             self._directory,
             ranks,
-            identity={
-                **{f"compressor.{name}": value for name, value in config.compressor.items()},
-                "train.zero_stage": config.train.zero_stage,
-            },
+            identity=run_identity(config),
             limit=config.train.save_total_limit,
         )
         self._reported: set[str] = set()
