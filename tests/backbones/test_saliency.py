@@ -1,4 +1,4 @@
-"""Encoder statistics equal the weights of an eager run."""
+"""Statistics reach the tokens that they belong to, from a stock forward as from the encoders alone."""
 
 from __future__ import annotations
 
@@ -6,15 +6,39 @@ import pytest
 import torch
 
 from omnisieve.backbones import BackboneError, adapter_for, attach, feature_name
-from omnisieve.backbones.saliency import attention_received
-from omnisieve.compressors.base import Need, Settings
+from omnisieve.compressors.base import CompressorError, Need, Settings
 from omnisieve.data.batch import Batch
 from omnisieve.layout import Modality
-from tests.backbones.toys import AUDIO_NEED, NeedyCompressor, stock_embeds
-from tests.models import SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
+from tests.backbones.toys import AUDIO_NEED, NeedyCompressor, NormCompressor, stock_embeds
+from tests.models import PICTURE, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
 
-GLOBAL_NEED = Need("attention_received", Modality.AUDIO, "global")
+NEEDS = (
+    AUDIO_NEED,
+    Need("attention_received", Modality.AUDIO, "global"),
+    Need("keys", Modality.AUDIO),
+    Need("attention_received", Modality.VIDEO, "window"),
+    Need("mean_query_attention", Modality.VIDEO, "frame"),
+    Need("keys", Modality.VIDEO),
+)
 SAMPLES = [[SOUNDING], [SILENT], [SPEECH, Media(grids=0, mel=207)]]
+MIXED = [[SOUNDING, PICTURE, Media(grids=1, rows=2, columns=2, mel=120)], [PICTURE, SPEECH]]
+MEDIA = {
+    "mixed": MIXED,
+    "silent": [[SILENT, Media(grids=5)], [SILENT]],
+    "image only": [[PICTURE]],
+    "audio only": [[SPEECH]],
+}
+
+
+class Recorder(NormCompressor):
+    """Needs everything and keeps what it was given."""
+
+    name = "toy_recorder"
+    needs = NEEDS
+
+    def scores(self, embeds, layout, needs):
+        self.given = dict(needs)
+        return super().scores(embeds, layout, needs)
 
 
 @pytest.fixture(scope="module")
@@ -27,81 +51,34 @@ def batch_of(model, inputs):
     return Batch(layout=layout, labels=inputs["input_ids"], **inputs)
 
 
-def eager_weights(model, inputs):
-    """Weights of the last layer of an eager run, one [H, L, L] per 2-s block, and the blocks of every item."""
-    weights = []
-    tower = adapter_for(model).audio_tower
-    original = torch.nn.functional.softmax
-
-    def look(logits, *args, **kwargs):
-        out = original(logits, *args, **kwargs)
-        weights.append(out[0])
-        return out
-
-    config = tower.config
-    before, config._attn_implementation = config._attn_implementation, "eager"
-    torch.nn.functional.softmax = look
-    try:
-        model.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"])
-    finally:
-        torch.nn.functional.softmax = original
-        config._attn_implementation = before
-    blocks = [-(-int(n) // 200) for n in inputs["feature_attention_mask"].sum(1)]
-    return weights[-sum(blocks) :], blocks
+def measured(model, samples):
+    """Statistics [B, S, ...] of a batch from the encoders alone."""
+    adapter, batch = adapter_for(model), batch_of(model, tiny_inputs(model, samples))
+    return batch.layout, adapter.needs(adapter.encode(batch, NEEDS), batch.layout, NEEDS)
 
 
-def pooled(received, blocks):
-    """Join the blocks of an item, then average pairs."""
-    out = []
-    for count in blocks:
-        item, received = torch.cat(received[:count]), received[count:]
-        out.append(item[: len(item) // 2 * 2].reshape(-1, 2).mean(1))
-    return torch.cat(out)
+@pytest.mark.parametrize("samples", MEDIA.values(), ids=MEDIA)
+def test_a_stock_forward_gives_the_statistics_of_the_encoders_alone(thinker, samples):
+    layout, expected = measured(thinker, samples)
+    compressor = Recorder(Settings(retained_ratio=0.5))
+    with attach(thinker, compressor), torch.no_grad():
+        thinker(**tiny_inputs(thinker, samples))
+    for need in NEEDS:
+        assert torch.equal(compressor.given[need], expected[need]), need
+        inside = layout.mask(need.modality)
+        assert (expected[need][~inside] == 0).all()
+        assert (expected[need][inside] != 0).any() == inside.any()
 
 
-def test_attention_received_within_encoder_blocks(thinker):
-    inputs = tiny_inputs(thinker, SAMPLES)
-    with torch.no_grad():
-        weights, blocks = eager_weights(thinker, inputs)
-    expected = pooled([w.mean(0).sum(0) for w in weights], blocks)
-    found = adapter_for(thinker).encode(batch_of(thinker, inputs), [AUDIO_NEED]).extra[feature_name(AUDIO_NEED)]
-    assert expected.std() > 0.05
-    assert torch.allclose(found, expected, rtol=2e-6, atol=1e-6)
-
-
-def test_global_span_recomputes_attention_over_each_file(thinker):
-    inputs = tiny_inputs(thinker, SAMPLES)
-    attention = adapter_for(thinker).audio_tower.layers[-1].self_attn
-    seen = []
-    handle = attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    found = adapter_for(thinker).encode(batch_of(thinker, inputs), [AUDIO_NEED, GLOBAL_NEED]).extra
-    handle.remove()
-    lengths = [(int(n) - 1) // 2 + 1 for n in inputs["feature_attention_mask"].sum(1)]
-    received = []
-    with torch.no_grad():
-        for item in seen[0].split(lengths):
-            query, key = (p(item).unflatten(-1, (2, 16)).transpose(0, 1) for p in (attention.q_proj, attention.k_proj))
-            received.append((query @ key.mT / 4).softmax(-1).mean(0).sum(0))
-    expected = pooled(received, [1] * len(received))
-    assert torch.allclose(found[feature_name(GLOBAL_NEED)], expected, rtol=2e-6, atol=1e-6)
-    assert not torch.allclose(found[feature_name(GLOBAL_NEED)], found[feature_name(AUDIO_NEED)], atol=1e-2)
-
-
-def test_long_segments_go_block_by_block():
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 1300, 2, 8).unbind(0)
-    lengths = [600, 100, 600]
-    found = attention_received(query, key, lengths, 0.35)
-    expected = torch.cat(
-        [
-            (q.transpose(0, 1) @ k.permute(1, 2, 0) * 0.35).softmax(-1).mean(0).sum(0)
-            for q, k in zip(query.split(lengths), key.split(lengths), strict=True)
-        ]
-    )
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert torch.allclose(torch.stack([part.mean() for part in found.split(lengths)]), torch.ones(3), atol=1e-5)
+def test_a_sample_has_the_same_statistics_alone_and_in_a_batch(thinker):
+    layout, together = measured(thinker, MIXED)
+    for row, sample in enumerate(MIXED):
+        own, alone = measured(thinker, [sample])
+        for need in NEEDS:
+            values = [s[need][b][m.mask(need.modality)[b]] for s, m, b in ((together, layout, row), (alone, own, 0))]
+            assert values[0].shape[0] == values[1].shape[0] == layout.counts(need.modality)[row]
+            if len(values[0]):
+                assert torch.allclose(*values, rtol=1e-4, atol=1e-5), need
 
 
 def test_an_attached_compressor_gets_what_it_needs(thinker):
@@ -112,30 +89,40 @@ def test_an_attached_compressor_gets_what_it_needs(thinker):
     needs = adapter.needs(features, batch.layout, [AUDIO_NEED])
     audio = batch.layout.mask(Modality.AUDIO)
     assert torch.equal(needs[AUDIO_NEED][audio], features.extra[feature_name(AUDIO_NEED)])
-    assert (needs[AUDIO_NEED][~audio] == 0).all()
     compressor = NeedyCompressor(Settings(retained_ratio=0.3))
     expected = compressor.plan(stock_embeds(thinker, inputs), batch.layout, needs).keep
+    embeds = adapter.merge(batch.input_ids, features)
     with attach(thinker, compressor) as attachment, torch.no_grad():
         thinker(**inputs)
         assert torch.equal(attachment.last_plan.keep, expected)
         attachment.expect(layout=batch.layout, needs=needs)
-        thinker(inputs_embeds=stock_embeds_of(adapter, batch, features), position_ids=inputs["position_ids"])
+        thinker(inputs_embeds=embeds, position_ids=inputs["position_ids"])
         assert torch.equal(attachment.last_plan.keep, expected)
         thinker(**tiny_inputs(thinker, [[SILENT]]))  # nothing to hear
 
 
-def stock_embeds_of(adapter, batch, features):
-    return adapter.merge(batch.input_ids, features)
+def test_only_what_was_asked_for_is_computed(thinker):
+    extra = adapter_for(thinker).encode(batch_of(thinker, tiny_inputs(thinker, MIXED)), [NEEDS[3]]).extra
+    assert list(extra) == ["video/attention_received.window"]
 
 
 def test_cached_features_without_the_statistic(thinker):
-    inputs = tiny_inputs(thinker, SAMPLES)
-    adapter, batch = adapter_for(thinker), batch_of(thinker, inputs)
+    adapter, batch = adapter_for(thinker), batch_of(thinker, tiny_inputs(thinker, SAMPLES))
     with pytest.raises(BackboneError, match=r"hold no 'audio/attention_received.global'.*cache them again"):
-        adapter.needs(adapter.encode(batch, [AUDIO_NEED]), batch.layout, [GLOBAL_NEED])
+        adapter.needs(adapter.encode(batch, [AUDIO_NEED]), batch.layout, NEEDS[1:2])
 
 
-def test_vision_statistics_are_refused(thinker):
-    batch = batch_of(thinker, tiny_inputs(thinker, SAMPLES))
-    with pytest.raises(ValueError, match="video tokens is not available"):
-        adapter_for(thinker).encode(batch, [Need("attention_received", Modality.VIDEO)])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("attention_received", Modality.AUDIO, "frame"), "'frame'; possible are 'encoder', 'window', 'global'"),
+        (("attention_received", Modality.IMAGE), "of image tokens does not exist .* possible are none"),
+        (("keys", Modality.VIDEO, "global"), "'global'; possible are 'encoder'"),
+        (("mean_query_attention", Modality.VIDEO), "'encoder'; possible are 'frame'"),
+        (("mean_query_attention", Modality.AUDIO, "frame"), "possible are none"),
+        (("values", Modality.VIDEO), "'values'; there are attention_received, keys, mean_query_attention"),
+    ],
+)
+def test_what_no_encoder_gives_cannot_be_declared(fields, message):
+    with pytest.raises(CompressorError, match=message):
+        Need(*fields)

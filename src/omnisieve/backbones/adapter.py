@@ -99,15 +99,16 @@ class Adapter:
         if batch.features is not None:
             return batch.features
         extra: dict[str, Tensor] = {}
+        video = image = audio = None
+        if batch.pixel_values is not None:
+            image = self._vision("image", batch.pixel_values, batch.image_grid_thw)
+        # Only now, because images have no statistics.
         with ExitStack() as hooks:
             install_saliency(
                 self.audio_tower, self.visual, needs, lambda n, v: extra.update({feature_name(n): v}), hooks
             )
-            video = image = audio = None
             if batch.pixel_values_videos is not None:
                 video = self._vision("video", batch.pixel_values_videos, batch.video_grid_thw)
-            if batch.pixel_values is not None:
-                image = self._vision("image", batch.pixel_values, batch.image_grid_thw)
             if batch.input_features is not None:
                 audio = self.thinker.get_audio_features(
                     batch.input_features, batch.feature_attention_mask, return_dict=True
@@ -209,11 +210,8 @@ def arrange(values: Tensor | None, need: Need, layout: TokenLayout) -> Tensor:
     flat = np.flatnonzero(layout.modality == need.modality)
     shape = (layout.batch_size, layout.length)
     if values is None or not len(flat):
-        return (
-            torch.zeros(*shape, 1, device=layout.device)
-            if need.kind == "keys"
-            else torch.zeros(shape, device=layout.device)
-        )
+        width = (1,) if need.kind == "keys" else ()
+        return torch.zeros(*shape, *width, device=layout.device)
     if len(flat) != len(values):
         raise BackboneError(f"{len(values)} values for {len(flat)} {need.modality.name.lower()} tokens")
     index = torch.from_numpy(flat).to(layout.device, non_blocking=True)
