@@ -22,6 +22,7 @@ from torch import Tensor
 
 from omnisieve import __version__
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
+from omnisieve.compressors.ratios import RATIOS
 from omnisieve.files import flush, sha256
 
 FORMAT = "omnisieve-compressor"
@@ -29,7 +30,6 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "compressor.safetensors"
 CARD_FILE = "README.md"
-_RATIOS = ("retained_ratio", "video_ratio", "audio_ratio")
 
 
 class ArtifactError(CompressorError):
@@ -82,8 +82,8 @@ def load_compressor(directory: str | Path, **settings: Any) -> Compressor:
     source = Path(directory)
     config = read_config(source)
     chosen = dict(config["settings"])
-    if any(name in settings for name in _RATIOS):
-        chosen |= dict.fromkeys(_RATIOS)
+    if any(name in settings for name in RATIOS):
+        chosen |= dict.fromkeys(RATIOS)
     compressor = build_compressor(config["method"], hidden_size=config["hidden_size"], **(chosen | settings))
     _load_weights(compressor, source / WEIGHTS_FILE, config["weights_sha256"])
     return compressor.eval()

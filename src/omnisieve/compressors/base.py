@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omnisieve.compressors.presets import Preset, all_presets
 from omnisieve.compressors.ratios import (
+    RATIOS,
     Budget,
     CompressorError,
     Settings,
@@ -124,9 +126,8 @@ class Compressor(nn.Module):
 
     def at(self, **changes: Any) -> Compressor:
         """The same compressor with other settings, sharing the weights; a new ratio replaces all given ratios."""
-        ratios = ("retained_ratio", "video_ratio", "audio_ratio")
-        if any(name in changes for name in ratios):
-            changes = dict.fromkeys(ratios) | changes
+        if any(name in changes for name in RATIOS):
+            changes = dict.fromkeys(RATIOS) | changes
         twin = copy.copy(self)
         twin.settings = replace(self.settings, **changes)
         return twin
@@ -281,18 +282,40 @@ def compressor_type(name: str) -> type[Compressor]:
     return _REGISTRY[name]
 
 
-def build_compressor(name: str, *, hidden_size: int | None = None, **values: Any) -> Compressor:
+def list_presets() -> list[str]:
+    """Names of settings that papers evaluated with; see `find_preset`."""
+    return sorted(all_presets())
+
+
+def find_preset(name: str) -> Preset:
+    """The preset `name`.
+
+    Raises:
+        CompressorError: there is none; names the nearest.
+    """
+    if name not in all_presets():
+        raise CompressorError(f"no preset is named {name!r}{_nearest(name, all_presets())}")
+    return all_presets()[name]
+
+
+def build_compressor(
+    name: str, *, hidden_size: int | None = None, preset: str | None = None, **values: Any
+) -> Compressor:
     """Build a method by name.
 
     Args:
         name: see `list_compressors`.
         hidden_size: D of the LLM; required by learned methods, ignored by others.
-        **values: fields of the method's settings, `retained_ratio` among them.
+        preset: settings of a paper, such as "seats/7b/35"; see `list_presets`.
+        **values: fields of the method's settings, `retained_ratio` among them. They win over the preset's; a ratio
+            replaces all of its ratios.
 
     Raises:
-        CompressorError: unknown name or field (names the nearest), or a value that cannot be.
+        CompressorError: unknown name, preset or field (names the nearest), or a value that cannot be.
     """
     cls = compressor_type(name)
+    if preset is not None:
+        values = find_preset(preset).with_changes(values)
     known = {f.name for f in fields(cls.settings_type)}
     for key in values:
         if key not in known:

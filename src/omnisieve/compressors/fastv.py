@@ -20,11 +20,11 @@ from torch import Tensor
 
 from omnisieve.compressors.base import Budget, CompressorError, UnreachableRatioError, register
 from omnisieve.compressors.inner import PUBLISHED_DEPTH, Cut, InnerCompressor, InnerSettings, ScoreAt, keep_best
+from omnisieve.compressors.ratios import RATIOS
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.budget import largest_remainder, round_count
 
 PUBLISHED_K = 2
-RATIOS = ("retained_ratio", "video_ratio", "audio_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.budget import largest_remainder, round_count
 
+RATIOS = ("retained_ratio", "video_ratio", "audio_ratio")
 Rounding = Literal["exact", "official"]
 Share = TypeVar("Share", float, np.ndarray)
 
@@ -41,7 +42,7 @@ class Settings:
     rounding: Rounding = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("retained_ratio", "video_ratio", "audio_ratio"):
+        for name in RATIOS:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise CompressorError(f"{name} is {value}; it is a kept share and must lie in (0, 1]")
