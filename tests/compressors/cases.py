@@ -14,7 +14,7 @@ from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.layout import TokenLayout
 from tests.layouts import LayoutSpec, make_layout
 
-HIDDEN = 16
+HIDDEN, HEAD = 16, 8
 
 # Fields beside the ratio. A method without an entry is tested as it comes.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -37,6 +37,8 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("omnizip", {"variant": "paper"}),
     ("random", {}),
     ("stvp", {}),
+    ("visionzip", {}),
+    ("visionzip_om", {}),
 ]
 ALL = [(name, fields) for name in list_compressors() for fields in VARIANTS.get(name, [{}])]
 METHODS = [case for case in ALL if not issubclass(compressor_type(case[0]), InnerCompressor)]
@@ -78,15 +80,23 @@ class Batch:
         self.layout: TokenLayout = make_layout(*(LAYOUTS[name] for name in names), padding_side=padding_side)
         self.embeds = torch.full((len(names), self.layout.length, HIDDEN), 1e3)
         self._attention = torch.full((len(names), self.layout.length), 1e3)
+        self._keys = torch.full((len(names), self.layout.length, HEAD), 1e3)
         self.present = torch.from_numpy(self.layout.modality > 0)
         for row, name in enumerate(names):
             generator = torch.Generator().manual_seed(list(LAYOUTS).index(name))
             size = int(self.present[row].sum())
             self.embeds[row, self.present[row]] = torch.randn(size, HIDDEN, generator=generator)
             self._attention[row, self.present[row]] = torch.rand(size, generator=generator) + 0.1
+            self._keys[row, self.present[row]] = torch.randn(size, HEAD, generator=generator)
 
     def needs(self, compressor: Compressor) -> dict[Need, Tensor]:
-        return {need: self._attention.masked_fill(~self.layout.mask(need.modality), 0) for need in compressor.needs}
+        return {need: self._statistic(need) for need in compressor.needs}
+
+    def _statistic(self, need: Need) -> Tensor:
+        outside = ~self.layout.mask(need.modality)
+        if need.kind == "keys":
+            return self._keys.masked_fill(outside.unsqueeze(-1), 0)
+        return self._attention.masked_fill(outside, 0)
 
     def sample(self, row: int, values: Tensor) -> Tensor:
         """One sample's values without padding."""

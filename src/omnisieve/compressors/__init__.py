@@ -8,6 +8,7 @@ from omnisieve.compressors import (  # noqa: F401  registers the methods
     omnizip,
     random,
     stvp,
+    visionzip,
 )
 from omnisieve.compressors.base import (
     Budget,

@@ -39,7 +39,7 @@ class Random(Compressor):
 
     def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
         """Keep random tokens. See `Compressor.plan`."""
-        scores = torch.from_numpy(self._scores(layout)).to(embeds.device, non_blocking=True)
+        scores = random_scores(layout, self.settings.seed)
         video, audio = (self.select(modality, scores, layout) for modality in MEDIA)
         return self.make_plan(layout, video | audio, scores=scores)
 
@@ -47,13 +47,14 @@ class Random(Compressor):
         """max(floor(ratio * n), 1); nothing of nothing."""
         return np.maximum(floor_product(sizes, self.ratio_of(modality)), np.minimum(sizes, 1))
 
-    def _scores(self, layout: TokenLayout) -> np.ndarray:
-        """[B, S] float32 on the host; 0 outside video and audio."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        # One row per ordinal: a longer batch appends rows and changes none.
-        draws = torch.rand(layout.length, len(MEDIA), generator=generator).numpy()
-        scores = np.zeros(layout.modality.shape, dtype=np.float32)
-        for column, modality in enumerate(MEDIA):
-            member = layout.modality == modality
-            scores += np.where(member, draws[np.cumsum(member, axis=1) - 1, column], 0)
-        return scores
+
+def random_scores(layout: TokenLayout, seed: int) -> Tensor:
+    """[B, S] float32, 0 outside video and audio; the same for a token in every batch."""
+    generator = torch.Generator().manual_seed(seed)
+    # One row per ordinal: a longer batch appends rows and changes none.
+    draws = torch.rand(layout.length, len(MEDIA), generator=generator).numpy()
+    scores = np.zeros(layout.modality.shape, dtype=np.float32)
+    for column, modality in enumerate(MEDIA):
+        member = layout.modality == modality
+        scores += np.where(member, draws[np.cumsum(member, axis=1) - 1, column], 0)
+    return torch.from_numpy(scores).to(layout.device, non_blocking=True)

@@ -14,12 +14,12 @@ def spaced_anchors(candidates: Tensor, sizes: np.ndarray, counts: np.ndarray) ->
     """Every n-th candidate from the first on, n = max(1, size // count), until there are `counts`.
 
     Args:
-        candidates: [B, S] bool.
-        sizes: [B] on the host, number of candidates.
-        counts: [B] on the host.
+        candidates: [..., L] bool.
+        sizes: [...] on the host, number of candidates.
+        counts: [...] on the host.
 
     Returns:
-        [B, S] bool.
+        [..., L] bool.
     """
     step = np.maximum(sizes // np.maximum(counts, 1), 1)
     step_, counts_ = (
@@ -27,6 +27,45 @@ def spaced_anchors(candidates: Tensor, sizes: np.ndarray, counts: np.ndarray) ->
     )
     ordinal = candidates.long().cumsum(dim=-1) - 1
     return candidates & (ordinal % step_ == 0) & (ordinal // step_ < counts_)
+
+
+def nearest_anchor(x: Tensor, anchors: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The anchor of largest cosine to every entry.
+
+    Args:
+        x: [..., L, D].
+        anchors: [..., L] bool.
+        most: anchors of the segment that has most, known on the host; at least 1.
+
+    Returns:
+        slot [..., most] long, places of the anchors; choice [..., L] long, which of them is nearest; its cosine
+        [..., L], -inf where there is no anchor.
+    """
+    slot = (~anchors).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+    directions = unit(x)
+    rows = directions.gather(-2, slot.unsqueeze(-1).expand(*slot.shape, directions.shape[-1]))
+    absent = ~anchors.gather(-1, slot).unsqueeze(-2)
+    cosines, choice = (directions @ rows.transpose(-1, -2)).masked_fill(absent, -torch.inf).max(dim=-1)
+    return slot, choice, cosines
+
+
+def spread_over_anchors(x: Tensor, anchors: Tensor, pool: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Assign every pool entry to its nearest anchor; an anchor's entries share a weight of 1.
+
+    Args:
+        x: [..., L, D], what is compared.
+        anchors: [..., L] bool.
+        pool: [..., L] bool.
+        most: see `nearest_anchor`.
+
+    Returns:
+        target [..., L] long, place of the anchor, and weight [..., L], 0 for what has none. An anchor plus the
+        weighted sum of its entries is VisionZip's contextual token.
+    """
+    slot, choice, cosines = nearest_anchor(x, anchors, most)
+    member = (pool & cosines.isfinite()).to(cosines.dtype)
+    members = torch.zeros_like(slot, dtype=member.dtype).scatter_add(-1, choice, member)
+    return slot.gather(-1, choice), member / members.gather(-1, choice).clamp(min=1)
 
 
 def merge_into_anchors(
@@ -47,11 +86,7 @@ def merge_into_anchors(
         source, target [B, M] long, weight [B, M] and own [B, S], as a plan's merge takes them. An anchor with members
         becomes half itself, half their weighted mean.
     """
-    slot = (~anchors).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
-    directions = unit(embeds)
-    rows = directions.gather(1, slot.unsqueeze(-1).expand(-1, -1, directions.shape[-1]))
-    cosines = (directions @ rows.transpose(-1, -2)).masked_fill(~anchors.gather(1, slot).unsqueeze(1), -torch.inf)
-    nearest, choice = cosines.max(dim=-1)
+    slot, choice, nearest = nearest_anchor(embeds, anchors, most)
     pool = pool & nearest.isfinite()
     score = torch.where(likeness.isinf(), nearest, likeness)
     merged = best_of_group(score, torch.where(pool, choice, most), most, group)
