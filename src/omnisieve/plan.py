@@ -139,7 +139,7 @@ class Plan:
         """
         stay = self.keep if self.candidates is None else self.keep | self.candidates
         counts = self.kept if self.candidate_counts is None else self.kept + self.candidate_counts
-        index, mask = _compact(stay, int(counts.max()), padding_side)
+        index, mask = compact(stay, int(counts.max()), padding_side)
         if self.merge is not None:
             embeds = self.merge.apply(embeds)
         if self.gate is not None and self.candidates is None:
@@ -182,8 +182,14 @@ def select_positions(position_ids: Tensor, index: Tensor, mask: Tensor) -> Tenso
     return chosen
 
 
-def _compact(stay: Tensor, width: int, padding_side: PaddingSide) -> tuple[Tensor, Tensor]:
-    """Positions of the staying tokens in order, [B, width], and which slots are filled."""
+def compact(stay: Tensor, width: int, padding_side: PaddingSide) -> tuple[Tensor, Tensor]:
+    """Positions of the staying tokens in order, [B, width], and which slots are filled.
+
+    Args:
+        stay: [B, S] bool.
+        width: of the result. With padding on the left it is the last `width` tokens of a row that are taken.
+        padding_side: which slots stay empty in a row with fewer; they hold positions of other tokens, none twice.
+    """
     if padding_side == "right":
         index = (~stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
     else:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -24,27 +25,16 @@ from omnisieve.backbones.adapter import Adapter, BackboneError, adapter_for, arr
 from omnisieve.backbones.answers import answer_rows, take_rows
 from omnisieve.backbones.estimator import Estimator
 from omnisieve.backbones.gated_attention import GatedAttentionSwitch, gated_attention_switch
+from omnisieve.backbones.inner import STATE, DecodeStep, HeldPrompt, InnerRun, Kept, before_layer, inner_run
 from omnisieve.backbones.saliency import install_saliency
 from omnisieve.compressors.base import Compressor, Need
+from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.plan import PaddingSide, Plan
 
 _attached: WeakSet[nn.Module] = WeakSet()
-# Attribute of the cache that holds its `_Prefill`.
-_PREFILL = "omnisieve_prefill"
-
-
-@dataclass(frozen=True)
-class _Prefill:
-    """What the decoding steps of a compressed prompt must know.
-
-    Attributes:
-        mask: [B, K] bool, False in padding; None when there is none.
-        length: K.
-    """
-
-    mask: Tensor | None
-    length: int
+# Attribute of the cache that holds its `HeldPrompt`.
+_PROMPT = "omnisieve_prompt"
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,15 @@ class _Expected:
     answer_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """Labels of the latest forward: of the rows that enter the decoder, or what `run` makes of them behind it."""
+
+    labels: Tensor
+    count: int
+    run: InnerRun | None
+
+
 class _Flow(threading.local):
     """What one forward hands from hook to hook."""
 
@@ -64,7 +63,7 @@ class _Flow(threading.local):
         self.expected = _Expected()
         self.input_ids: Tensor | None = None
         self.saliency: dict[Need, Tensor] = {}
-        self.rows: Tensor | None = None
+        self.answers: _Answers | None = None
 
 
 class Attachment:
@@ -72,7 +71,8 @@ class Attachment:
 
     Attributes:
         adapter: the model's parts.
-        compressor: what plans; may be exchanged between forwards, e.g. for `compressor.at(retained_ratio=...)`.
+        compressor: what plans, for the model's depth; may be exchanged between forwards, e.g. for
+            `compressor.at(retained_ratio=...)`.
         estimator: the gradient route; used only where the compressor's plan has gates.
         generator: for sampled candidates.
         last_plan, last_layout: of the latest prompt or training forward.
@@ -89,9 +89,19 @@ class Attachment:
         self.last_plan: Plan | None = None
         self.last_layout: TokenLayout | None = None
         self.targets: Tensor | None = None
+        self._last_run: InnerRun | None = None
         self._flow = _Flow()
         self._switch = switch
         self._paused = False
+
+    @property
+    def compressor(self) -> Compressor:
+        return self._compressor
+
+    @compressor.setter
+    def compressor(self, compressor: Compressor) -> None:
+        inner = isinstance(compressor, InnerCompressor)
+        self._compressor = compressor.for_depth(len(self.adapter.layers)) if inner else compressor
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -130,6 +140,19 @@ class Attachment:
         finally:
             self._paused = before
 
+    def layer_counts(self) -> np.ndarray:
+        """Video and audio tokens that each decoder layer processed in the latest prompt or training forward.
+
+        Returns:
+            int64 [L, B, 2], read back from the device.
+        """
+        if self.last_plan is None or self.last_layout is None:
+            raise BackboneError("nothing was compressed yet: run the model first")
+        if self._last_run is not None:
+            return self._last_run.layer_counts()
+        kept = self.last_plan.measured(self.last_layout)
+        return np.stack([kept["video"], kept["audio"]], axis=-1)[None].repeat(len(self.adapter.layers), axis=0)
+
     # Hooks.
 
     def _install(self, hooks: ExitStack) -> None:
@@ -137,6 +160,8 @@ class Attachment:
         hooks.callback(adapter.embeddings.register_forward_pre_hook(self._on_embedding, with_kwargs=True).remove)
         hooks.callback(adapter.decoder.register_forward_pre_hook(self._on_decoder, with_kwargs=True).remove)
         hooks.callback(adapter.lm_head.register_forward_pre_hook(self._on_head).remove)
+        for number, layer in enumerate(adapter.layers):
+            hooks.callback(layer.register_forward_pre_hook(partial(before_layer, number), with_kwargs=True).remove)
         install_saliency(adapter.audio_tower, adapter.visual, self.compressor.needs, self._on_saliency, hooks)
 
     def _on_embedding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -146,11 +171,15 @@ class Attachment:
         self._flow.saliency[need] = values
 
     def _on_head(self, module: nn.Module, args: tuple) -> Any:
-        rows, self._flow.rows = self._flow.rows, None
-        return None if rows is None else (take_rows(args[0], rows), *args[1:])
+        answers, self._flow.answers = self._flow.answers, None
+        if answers is None:
+            return None
+        labels = answers.labels if answers.run is None else answers.run.remaining(answers.labels)
+        rows, self.targets = answer_rows(labels, answers.count)
+        return take_rows(args[0], rows), *args[1:]
 
     def _on_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        ids, self._flow.input_ids, self._flow.rows = self._flow.input_ids, None, None
+        ids, self._flow.input_ids, self._flow.answers = self._flow.input_ids, None, None
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
@@ -162,9 +191,9 @@ class Attachment:
         return args, kwargs
 
     def _decode(self, cache: Any, embeds: Tensor, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-        prefill: _Prefill | None = getattr(cache, _PREFILL, None)
+        prompt: HeldPrompt | None = getattr(cache, _PROMPT, None)
         several = embeds.shape[1] > 1
-        if prefill is None:
+        if prompt is None:
             if several and not self._paused and (ids is None or self._has_media(ids)):
                 raise BackboneError(
                     "media tokens on top of a filled cache cannot be compressed: give the whole prompt at once, "
@@ -176,28 +205,28 @@ class Attachment:
                 "several tokens on top of a compressed prompt: assisted decoding, prefill_chunk_size and reusing the "
                 "cache for a further turn are not supported; generate token by token from the whole prompt"
             )
-        if prefill.mask is None:
-            kwargs["attention_mask"] = None
-            return
-        new = cache.get_seq_length() - prefill.length + 1
-        kwargs["attention_mask"] = nn.functional.pad(prefill.mask, (0, new), value=True)
+        new = cache.get_seq_length() - prompt.lengths[0] + 1
+        kwargs["attention_mask"] = prompt.mask(0, new)
+        if not prompt.uniform:
+            kwargs[STATE] = DecodeStep(self.adapter.decoder.config, prompt, new)
 
     def _prefill(self, cache: Any, embeds: Tensor, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-        if hasattr(cache, _PREFILL):
-            delattr(cache, _PREFILL)  # the cache was reset and serves another prompt
+        if hasattr(cache, _PROMPT):
+            delattr(cache, _PROMPT)  # the cache was reset and serves another prompt
         expected, self._flow.expected = self._flow.expected, _Expected()
         labels = expected.labels
-        plan = None
+        plan = run = None
         if not self._paused:
             layout = self._layout(expected.layout, embeds, ids, kwargs)
             plan = self._plan(embeds, layout, expected.needs)
-            self.last_plan, self.last_layout = plan, layout
-            if not plan.is_identity(layout):
-                labels = self._compress(plan, layout, cache, embeds, labels, kwargs)
+            run = inner_run(self.compressor, self.adapter.decoder, layout, plan)
+            self.last_plan, self.last_layout, self._last_run = plan, layout, run
+            if run is not None or not plan.is_identity(layout):
+                labels = self._compress(plan, run, layout, cache, embeds, labels, kwargs)
         self._flow.saliency.clear()
         self._switch.set(plan is not None and plan.candidates is not None)
         if labels is not None:
-            self._flow.rows, self.targets = answer_rows(labels, expected.answer_tokens)
+            self._flow.answers = _Answers(labels, expected.answer_tokens, run)
 
     # Steps of a prefill.
 
@@ -249,6 +278,7 @@ class Attachment:
     def _compress(
         self,
         plan: Plan,
+        run: InnerRun | None,
         layout: TokenLayout,
         cache: Any,
         embeds: Tensor,
@@ -265,17 +295,21 @@ class Attachment:
         cache = self._cache(plan, cache, kwargs)
         side = _padding_side(layout, cached=cache is not None)
         compressed = plan.apply(embeds, position_ids=kwargs.get("position_ids"), labels=labels, padding_side=side)
-        mask = compressed.attention_mask if compressed.ragged else None
+        kept = Kept.entering(compressed)
+        prompt = HeldPrompt([kept] * len(self.adapter.layers))
         if cache is not None:
-            setattr(cache, _PREFILL, _Prefill(mask, compressed.embeds.shape[1]))
-        elif side == "right":
-            mask = None  # causal attention never looks at padding on the right; without a mask kernels are fused
+            setattr(cache, _PROMPT, prompt)
+        # Causal attention never looks at padding on the right; without a mask kernels are fused.
+        masked = cache is not None or side == "left"
+        if run is not None:
+            run.start(kept, prompt, side, masked=masked, labels=labels)
+            kwargs[STATE] = run
         kwargs["inputs_embeds"] = compressed.embeds
         kwargs["position_ids"] = compressed.position_ids
-        kwargs["attention_mask"] = mask
+        kwargs["attention_mask"] = kept.mask if masked else None
         if compressed.key_gate is not None:
             kwargs["key_gate"] = compressed.key_gate
-        return compressed.labels
+        return compressed.labels if run is None else labels
 
     def _cache(self, plan: Plan, cache: Any, kwargs: dict[str, Any]) -> DynamicCache | None:
         """The cache of this forward, made here when the decoder would make one, so that decoding finds its state."""

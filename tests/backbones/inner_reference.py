@@ -1,0 +1,120 @@
+"""Pruning inside the LLM written out by hand: one sample, one layer after another, nothing shared with the package.
+
+Attention is computed in full, so scores are read off the attention matrices themselves. Tokens are named by their
+position in the whole sequence; keys and values are dictionaries from position to vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb
+
+Choose = Callable[[dict[int, float]], set[int]]
+"""From the scores of the media tokens that are left to those that stay."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A cut: after which layer, whose attention on which states, from which rows; `choose` None removes all media."""
+
+    after: int
+    choose: Choose | None = None
+    layer: int = 0
+    on: Literal["input", "output"] = "input"
+    rows: Sequence[int] = ()
+
+
+class Reference:
+    """A stock decoder run by hand on one sample."""
+
+    def __init__(self, decoder: nn.Module, steps: Sequence[Step], media: set[int], prune_all: bool) -> None:
+        self.decoder, self.steps, self.media, self.prune_all = decoder, steps, media, prune_all
+        self.caches: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in decoder.layers]
+
+    def prefill(self, embeds: Tensor, positions: Tensor, entering: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Last hidden states [K, D] and their positions, of embeddings [S, D] and rope positions [3, S]."""
+        left, states = list(entering), embeds[list(entering)]
+        scores: dict[int, dict[int, float]] = {}
+        for number in range(len(self.decoder.layers)):
+            self._look(scores, number, "input", states, left, positions)
+            states = self._layer(number, states, left, positions)
+            self._look(scores, number, "output", states, left, positions)
+            for step in self.steps:
+                if step.after != number:
+                    continue
+                stay = set() if step.choose is None else step.choose(scores[step.after])
+                kept = [p for p in left if p not in self.media or p in stay]
+                states, left = states[[left.index(p) for p in kept]], kept
+                for cache in self.caches[: number + 1] if self.prune_all else []:
+                    for position in set(cache) - set(kept):
+                        del cache[position]
+        return self.decoder.norm(states), left
+
+    def decode(self, embed: Tensor, name: int, rope: int) -> Tensor:
+        """Last hidden state [D] of a new token `name` with embedding [D] at rope position `rope`."""
+        state, positions = embed[None], torch.full((3, name + 1), rope)
+        for number in range(len(self.decoder.layers)):
+            state = self._layer(number, state, [name], positions)
+        return self.decoder.norm(state)[0]
+
+    def greedy(
+        self, lm_head: nn.Module, embeds: Tensor, positions: Tensor, entering: Sequence[int], n: int
+    ) -> list[int]:
+        """`n` greedy tokens."""
+        with torch.no_grad():
+            state, following = self.prefill(embeds, positions, entering)[0][-1], int(positions.max()) + 1
+            tokens: list[int] = []
+            while len(tokens) < n:
+                tokens.append(int(lm_head(state).argmax()))
+                place = len(tokens) - 1
+                embed = self.decoder.embed_tokens(torch.tensor(tokens[-1]))
+                state = self.decode(embed, len(embeds) + place, following + place)
+            return tokens
+
+    def _layer(self, number: int, states: Tensor, names: list[int], positions: Tensor) -> Tensor:
+        layer, cache = self.decoder.layers[number], self.caches[number]
+        normed = layer.input_layernorm(states)
+        query, key = self._query(number, normed, names, positions), self._key(number, normed, names, positions)
+        value = self._heads(number, layer.self_attn.v_proj(normed))
+        cache.update({name: (key[:, row], value[:, row]) for row, name in enumerate(names)})
+        seen = sorted(cache)
+        keys, values = (torch.stack([cache[name][part] for name in seen], dim=1) for part in (0, 1))
+        mixed = self._weights(query, keys, names, seen) @ values
+        states = states + layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
+        return states + layer.mlp(layer.post_attention_layernorm(states))
+
+    def _look(self, scores: dict, number: int, on: str, states: Tensor, left: list[int], positions: Tensor) -> None:
+        for step in self.steps:
+            if step.choose is not None and (step.layer, step.on) == (number, on):
+                normed = self.decoder.layers[number].input_layernorm(states)
+                query, key = (f(number, normed, left, positions) for f in (self._query, self._key))
+                weights = self._weights(query, key, left, left).mean(dim=0)
+                received = weights[[left.index(row) for row in step.rows]].mean(dim=0)
+                scores[step.after] = {p: float(received[i]) for i, p in enumerate(left) if p in self.media}
+
+    def _weights(self, query: Tensor, key: Tensor, asking: list[int], seen: list[int]) -> Tensor:
+        logits = query @ key.mT * query.shape[-1] ** -0.5
+        future = torch.tensor(seen)[None] > torch.tensor(asking)[:, None]
+        return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
+
+    def _heads(self, number: int, values: Tensor) -> Tensor:
+        attention = self.decoder.layers[number].self_attn
+        values = values.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        return values.repeat_interleave(self.decoder.config.num_attention_heads // len(values), dim=0)
+
+    def _query(self, number: int, normed: Tensor, names: list[int], positions: Tensor) -> Tensor:
+        projected = self.decoder.layers[number].self_attn.q_proj(normed)
+        return self._rotated(self._heads(number, projected), names, positions)
+
+    def _key(self, number: int, normed: Tensor, names: list[int], positions: Tensor) -> Tensor:
+        projected = self.decoder.layers[number].self_attn.k_proj(normed)
+        return self._rotated(self._heads(number, projected), names, positions)
+
+    def _rotated(self, heads: Tensor, names: list[int], positions: Tensor) -> Tensor:
+        cos, sin = self.decoder.rotary_emb(heads, positions[:, None, names])
+        return apply_rotary_pos_emb(heads[None], heads[None], cos, sin)[0][0]
