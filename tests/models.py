@@ -1,22 +1,39 @@
-"""A tiny random Qwen2.5-Omni thinker of stock classes, and inputs for it."""
+"""Tiny random thinkers of stock classes, Qwen2.5-Omni and Qwen3-Omni, and inputs for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    PretrainedConfig,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
 
 HIDDEN = 32
 PAD, EOS, IMAGE, AUDIO, VIDEO, AUDIO_START, AUDIO_END, VISION_START, VISION_END = range(9)
 FIRST_WORD, VOCABULARY = 9, 64
 IDS_PER_SECOND, IDS_PER_WINDOW, PATCH, MERGE, MEL_BINS = 25, 50, 14, 2, 128
+QWEN2_5, QWEN3 = FAMILIES = ("qwen2_5", "qwen3")
+QWEN3_IDS_PER_SECOND, QWEN3_PATCH = 13, 16
+DEEPSTACK_LAYERS = 2
 
 
-def tiny_config(layers: int = 3) -> Qwen2_5OmniThinkerConfig:
-    """Configuration of the tiny thinker: width 32, 4 heads over 2 KV heads, towers of 2 layers."""
+def tiny_config(layers: int = 3, family: str = QWEN2_5) -> PretrainedConfig:
+    """Configuration of the tiny thinker: width 32, 4 heads over 2 KV heads, towers of 2 or 3 layers.
+
+    That of Qwen3 has 2 of 4 experts per token, and deepstack features for two decoder layers.
+    """
+    return _qwen3_config(layers) if family == QWEN3 else _qwen2_5_config(layers)
+
+
+def _qwen2_5_config(layers: int) -> Qwen2_5OmniThinkerConfig:
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
@@ -64,14 +81,72 @@ def tiny_config(layers: int = 3) -> Qwen2_5OmniThinkerConfig:
     )
 
 
+def _qwen3_config(layers: int) -> Qwen3OmniMoeThinkerConfig:
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    }
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+        "patch_size": QWEN3_PATCH,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": list(range(DEEPSTACK_LAYERS)),
+    }
+    audio = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "output_dim": HIDDEN,
+        "num_mel_bins": MEL_BINS,
+        "downsample_hidden_size": 4,
+    }
+    return Qwen3OmniMoeThinkerConfig(
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        image_token_id=IMAGE,
+        audio_token_id=AUDIO,
+        video_token_id=VIDEO,
+        audio_start_token_id=AUDIO_START,
+        audio_end_token_id=AUDIO_END,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        position_id_per_seconds=QWEN3_IDS_PER_SECOND,
+    )
+
+
 def tiny_thinker(
-    seed: int = 0, *, layers: int = 3, attention: str = "sdpa", dtype: torch.dtype = torch.float32
+    seed: int = 0,
+    *,
+    layers: int = 3,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    family: str = QWEN2_5,
 ) -> nn.Module:
     """A random thinker in eval mode, frozen. Weights are large enough that every token matters to the output."""
     torch.manual_seed(seed)
-    config = tiny_config(layers)
+    config = tiny_config(layers, family)
     config._attn_implementation = attention
-    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+    thinker: Any = (
+        Qwen3OmniMoeThinkerForConditionalGeneration if family == QWEN3 else Qwen2_5OmniThinkerForConditionalGeneration
+    )
+    model = thinker._from_config(config, dtype=dtype, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -80,6 +155,11 @@ def tiny_thinker(
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model.eval().requires_grad_(False)
+
+
+def family_of(model: nn.Module) -> str:
+    """Which family a thinker belongs to."""
+    return QWEN3 if model.config.model_type.startswith("qwen3") else QWEN2_5
 
 
 @dataclass(frozen=True)
@@ -103,7 +183,13 @@ class Media:
 
     @property
     def audio_tokens(self) -> int:
+        """Of Qwen2.5."""
         return (((self.mel - 1) // 2 + 1) - 2) // 2 + 1 if self.mel else 0
+
+    @property
+    def qwen3_audio_tokens(self) -> int:
+        """A second of 100 mel frames makes 13 tokens, and the rest one for every 8 begun."""
+        return 13 * (self.mel // 100) + (self.mel % 100 + 7) // 8
 
     @property
     def frame_tokens(self) -> int:
@@ -116,12 +202,18 @@ SPEECH = Media(grids=0, mel=310)
 PICTURE = Media(grids=1, image=True)
 
 
-def media_tokens(item: Media) -> list[int]:
+def media_tokens(item: Media, family: str = QWEN2_5) -> list[int]:
     """Token ids of one item with its start and end tokens, as the stock processor lays them out."""
     if item.image:
         return [VISION_START, *[IMAGE] * item.frame_tokens, VISION_END]
     if not item.grids:
-        return [AUDIO_START, *[AUDIO] * item.audio_tokens, AUDIO_END]
+        sound = item.qwen3_audio_tokens if family == QWEN3 else item.audio_tokens
+        return [AUDIO_START, *[AUDIO] * sound, AUDIO_END]
+    if item.mel and family == QWEN3:
+        video = [grid * item.second_per_grid * QWEN3_IDS_PER_SECOND for grid in range(item.grids)]
+        tokens = [(time, 0, VIDEO) for time in video for _ in range(item.frame_tokens)]
+        tokens += [(time, 1, AUDIO) for time in range(item.qwen3_audio_tokens)]
+        return [VISION_START, AUDIO_START, *[token for _, _, token in sorted(tokens)], AUDIO_END, VISION_END]
     times = [int(grid * item.second_per_grid * IDS_PER_SECOND) for grid in range(item.grids)]
     if not item.mel:
         return [VISION_START, *[VIDEO] * (item.frame_tokens * item.grids), VISION_END]
@@ -148,16 +240,19 @@ def tiny_inputs(
     explicit positions. What a sample holds does not depend on the other samples of its batch.
     """
     rows, positions, pixels, pictures, mels = [], [], [], [], []
+    family = family_of(model)
+    patch = QWEN3_PATCH if family == QWEN3 else PATCH
     for items in samples:
         generator = torch.Generator().manual_seed(seed + 31 * len(items) + sum(i.mel + 7 * i.grids for i in items))
         words = torch.randint(FIRST_WORD, VOCABULARY, (len(items) + 1, text), generator=generator).tolist()
-        ids = words[0] + [t for item, tail in zip(items, words[1:], strict=True) for t in media_tokens(item) + tail]
+        pairs = zip(items, words[1:], strict=True)
+        ids = words[0] + [token for item, tail in pairs for token in media_tokens(item, family) + tail]
         rows.append(torch.tensor(ids))
         for item in items:
             if item.grids:
                 patches = item.grids * item.frame_tokens * MERGE**2
                 target = pictures if item.image else pixels
-                target.append(torch.randn(patches, 3 * 2 * PATCH**2, generator=generator))
+                target.append(torch.randn(patches, 3 * 2 * patch**2, generator=generator))
             if item.mel:
                 mels.append(torch.randn(MEL_BINS, item.mel, generator=generator))
         positions.append(_positions(model, rows[-1], items))
@@ -165,7 +260,7 @@ def tiny_inputs(
     place = [slice(length - len(row), length) if padding_side == "left" else slice(0, len(row)) for row in rows]
     input_ids = torch.full((len(rows), length), PAD)
     mask = torch.zeros_like(input_ids)
-    position_ids = torch.ones(4, len(rows), length, dtype=torch.long)
+    position_ids = torch.ones(4, len(rows), length, dtype=positions[0].dtype)
     for b, (row, where) in enumerate(zip(rows, place, strict=True)):
         input_ids[b, where], mask[b, where] = row, 1
         position_ids[0, b, where] = torch.arange(len(row))
