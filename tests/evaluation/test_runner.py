@@ -68,7 +68,7 @@ def test_answers_equal_those_from_raw_media(model: nn.Module, clips: list[Clip],
 
 def test_prompts_without_compressor_are_the_stock_model(model: nn.Module, clips: list[Clip]) -> None:
     adapter = adapter_for(model)
-    prompts = make_prompts(adapter, [clips[1]], pad_token_id=PAD)
+    prompts = list(make_prompts(adapter, [clips[1]], pad_token_id=PAD))
     assert len(prompts) == 3  # three questions of three lengths
     written = [generate(adapter, prompt, TOKENS)[0].tolist() for prompt in prompts]
     assert written == [from_raw_media(model, clips[1], q, 1.0) for q in range(3)]
@@ -79,6 +79,32 @@ def test_batching_changes_no_answer(model: nn.Module, clips: list[Clip]) -> None
     together = evaluate(model, clips, ["full", "stvp"], [0.3], clips_per_batch=3)
     alone = evaluate(model, clips, ["full", "stvp"], [0.3], clips_per_batch=1)
     assert predictions(together) == predictions(alone)
+
+
+@pytest.mark.parametrize("limit", [1, 400])
+def test_a_limit_on_tokens_bounds_the_forward_and_changes_no_answer(
+    model: nn.Module, clips: list[Clip], limit: int
+) -> None:
+    clips = [*clips, tiny_clip(model, "d"), tiny_clip(model, "e")]
+    longest = max(len(question.input_ids) for clip in clips for question in clip.questions)
+    sizes: list[int] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sizes.append(kwargs["inputs_embeds"].shape[0] * kwargs["inputs_embeds"].shape[1])
+
+    entries, options = ["full", "stvp", "random"], {"clips_per_batch": 5}
+    hook = adapter_for(model).decoder.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        limited = evaluate(model, clips, entries, [0.3], tokens_per_forward=limit, **options)
+        bounded = max(sizes)
+        free = evaluate(model, clips, entries, [0.3], **options)
+    finally:
+        hook.remove()
+    assert predictions(limited) == predictions(free)
+    assert [[a.kept for a in cell.answers] for cell in limited.cells] == [
+        [a.kept for a in cell.answers] for cell in free.cells
+    ]
+    assert bounded <= max(limit, longest) < max(sizes)
 
 
 def test_encoders_run_once_per_clip(model: nn.Module, clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:

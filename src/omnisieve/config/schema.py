@@ -175,12 +175,17 @@ class EvalConfig:
     data: MediaSection = section(MediaSection)
     manifest: str = option(MISSING, "JSONL manifest with questions and answers")
     benchmark: str = option("manifest", "its name in the report")
-    methods: list[str] = option(MISSING, "names of methods, folders of exported compressors, or keys of settings")
+    methods: list[str] = option(
+        MISSING, "names of methods, folders of exported compressors, either as X@PRESET, or keys of settings"
+    )
     ratios: list[float] = option([0.25], "retained ratios; the method full runs once")
     settings: dict[str, Any] = option(
         {}, "by entry of `methods`: its fields; `method` makes a variant of that method, `at` holds fields by ratio"
     )
-    batch_size: int = option(1, "clips per forward, with all their questions; memory grows with it")
+    batch_size: int = option(1, "clips whose questions may be asked together; their encoder outputs stay in memory")
+    tokens_per_forward: int = option(
+        65536, "of questions asked together, with their media; memory grows with it. A longer question is asked alone"
+    )
     max_new_tokens: int = option(16, "of an answer, decoded greedily")
     limit: int | None = option(None, "only the first clips of the manifest")
     questions_per_clip: int | None = option(None, "only the first questions of each clip; time grows with questions")
@@ -189,7 +194,7 @@ class EvalConfig:
     output_dir: str = option(MISSING, "report.json, the table and the resolved config go here")
 
     def __post_init__(self) -> None:
-        _positive("", self, "batch_size", "max_new_tokens", "bootstrap")
+        _positive("", self, "batch_size", "tokens_per_forward", "max_new_tokens", "bootstrap")
         _positive("", self, *(name for name in ("limit", "questions_per_clip") if getattr(self, name) is not None))
         if not self.methods:
             raise ConfigError("methods is empty; name at least one, for example methods=[full,random]")

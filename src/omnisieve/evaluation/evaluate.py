@@ -73,6 +73,7 @@ def run(config: EvalConfig, model: Any, benchmark: Benchmark, methods: Sequence[
         methods,
         config.ratios,
         clips_per_batch=config.batch_size,
+        tokens_per_forward=config.tokens_per_forward,
         max_new_tokens=config.max_new_tokens,
         workers=config.data.workers,
     )

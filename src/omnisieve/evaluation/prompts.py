@@ -49,9 +49,14 @@ class Prompt:
 
 
 def make_prompts(
-    adapter: Adapter, clips: Sequence[Clip], *, pad_token_id: int, needs: Sequence[Need] = ()
-) -> list[Prompt]:
-    """Run the encoders once per clip and put the questions into batches of equal length.
+    adapter: Adapter,
+    clips: Sequence[Clip],
+    *,
+    pad_token_id: int,
+    needs: Sequence[Need] = (),
+    max_tokens: int | None = None,
+) -> Iterator[Prompt]:
+    """Run the encoders once per clip and put the questions into batches of equal length, one batch at a time.
 
     Equal length, because attention without padding needs no mask, and its kernels are faster without one.
 
@@ -60,23 +65,25 @@ def make_prompts(
         clips: with questions about all of the clip's media or the first few of them.
         pad_token_id: of the tokenizer.
         needs: statistics to take from the encoders.
+        max_tokens: of a batch, B * S, unless a single question is longer; None: no limit.
     """
     device = adapter.thinker.device
     pad = partial(collate, pad_token_id=pad_token_id, ids_per_window=adapter.token_rules().ids_per_chunk)
     samples: list[tuple[str, Sample]] = []
     for clip in clips:
-        for _, group in groupby(clip.questions, key=_media_items):
-            questions = list(group)
+        for _, same_media in groupby(clip.questions, key=_media_items):
+            questions = list(same_media)
             features = adapter.encode(pad(questions[:1]).to(device), needs)
             samples += [(clip.id, replace(q, features=features, videos=(), images=(), audios=())) for q in questions]
-    prompts = []
-    for _, equally_long in groupby(sorted(samples, key=_length), key=_length):
-        names, same_length = zip(*equally_long, strict=True)
-        batch = pad(same_length).to(device)
-        features = batch.features or Features()
-        embeds = adapter.merge(batch.input_ids, features)
-        prompts.append(Prompt(names, batch, embeds, adapter.needs(features, batch.layout, needs)))
-    return prompts
+    for length, same_length in groupby(sorted(samples, key=_length), key=_length):
+        equally_long = list(same_length)
+        size = len(equally_long) if max_tokens is None else max(max_tokens // length, 1)
+        for start in range(0, len(equally_long), size):
+            names, chosen = zip(*equally_long[start : start + size], strict=True)
+            batch = pad(chosen).to(device)
+            features = batch.features or Features()
+            embeds = adapter.merge(batch.input_ids, features)
+            yield Prompt(names, batch, embeds, adapter.needs(features, batch.layout, needs))
 
 
 def _length(entry: tuple[str, Sample]) -> int:

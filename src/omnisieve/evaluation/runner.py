@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from omnisieve.backbones import adapter_for, attach
-from omnisieve.compressors import Compressor, UnreachableRatioError
+from omnisieve.compressors import Compressor, Need, UnreachableRatioError
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.evaluation.benchmarks import Benchmark, Clip
 from omnisieve.evaluation.bounds import show_evidence
@@ -30,6 +30,8 @@ from omnisieve.evaluation.prompts import Prompt, generate, make_prompts
 from omnisieve.evaluation.report import Cell
 from omnisieve.layout import MEDIA
 from omnisieve.plan import Plan
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Evaluation:
         ratios: Sequence[float],
         *,
         clips_per_batch: int = 1,
+        tokens_per_forward: int | None = None,
         max_new_tokens: int = 16,
         workers: int = 0,
     ) -> None:
@@ -70,7 +73,8 @@ class Evaluation:
             benchmark: clips with questions.
             methods: see `methods.resolve_methods`.
             ratios: retained ratios asked of each method.
-            clips_per_batch: clips whose questions are asked together; memory grows with it.
+            clips_per_batch: clips whose questions are asked together; their encoder outputs stay in memory.
+            tokens_per_forward: of prompts asked together, unless a single one is longer; None: no limit.
             max_new_tokens: of an answer.
             workers: processes that read clips ahead.
 
@@ -80,6 +84,7 @@ class Evaluation:
         self.adapter = adapter_for(model)
         self.benchmark = benchmark
         self.clips_per_batch = clips_per_batch
+        self.tokens_per_forward = tokens_per_forward
         self.max_new_tokens = max_new_tokens
         self.workers = workers
         self.results = Results([])
@@ -102,11 +107,8 @@ class Evaluation:
                 if readable:
                     with self._timed("media"):
                         guard.look(readable)
-                        prompts = make_prompts(
-                            self.adapter, readable, pad_token_id=self.benchmark.pad_token_id, needs=needs
-                        )
-                    for cell, compressor in zip(self.results.cells, self._compressors, strict=True):
-                        for prompt in prompts:
+                    for prompt in self._prompts(readable, needs):
+                        for cell, compressor in zip(self.results.cells, self._compressors, strict=True):
                             self._ask(cell, compressor, prompt)
                 bar.update(len(clips))
         return self.results
@@ -120,15 +122,31 @@ class Evaluation:
             return None
 
     def _batches(self) -> Iterator[list[Clip]]:
-        """Clips in groups; waiting for them counts as time of "media"."""
+        """Clips in groups."""
         dataset = cast(Dataset[Clip], self.benchmark)
         clips: Iterator[Clip] = iter(ReadAhead(dataset, batch_size=None, num_workers=self.workers))
+        return self._as_media(iter(lambda: list(islice(clips, self.clips_per_batch)), []))
+
+    def _prompts(self, clips: Sequence[Clip], needs: Sequence[Need]) -> Iterator[Prompt]:
+        """Questions of `clips` in batches, made one at a time."""
+        return self._as_media(
+            make_prompts(
+                self.adapter,
+                clips,
+                pad_token_id=self.benchmark.pad_token_id,
+                needs=needs,
+                max_tokens=self.tokens_per_forward,
+            )
+        )
+
+    def _as_media(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; making one counts as time of "media"."""
         while True:
             with self._timed("media"):
-                group = list(islice(clips, self.clips_per_batch))
-            if not group:
+                item = next(items, None)
+            if item is None:
                 return
-            yield group
+            yield item
 
     def _note_failures(self, clips: Sequence[Clip]) -> None:
         for clip in clips:
