@@ -52,6 +52,39 @@ def test_variants_and_settings_per_ratio() -> None:
     assert method.build(0.35).settings.rounding == "official"
 
 
+def test_a_method_at_a_preset_has_the_ratio_of_the_preset(exported: str) -> None:
+    methods = resolve_methods(["omnizip@omnizip/7b/35", "oracle@seats/7b/25", f"{exported}@seats/7b/10"], {})
+    assert [list(m.ratios([0.5])) for m in methods] == [[0.35], [0.25], [0.1]]
+    assert [(m.name, m.kind) for m in methods] == [
+        ("omnizip", "training-free"),
+        ("oracle", "bound"),
+        ("omnisift", "learned"),
+    ]
+    found = [m.build(m.ratios([0.5])[0]).settings for m in methods]
+    assert [(s.retained_ratio, s.video_ratio, s.audio_ratio) for s in found] == [
+        (None, 0.3, 0.6),
+        (None, 0.2, 0.55),
+        (None, 0.06, 0.35),
+    ]
+
+
+def test_a_variant_at_a_preset_keeps_its_own_fields() -> None:
+    settings = {"as published": {"method": "omnizip@omnizip/7b/45-avut", "rounding": "official", "merge_group": 3}}
+    (method,) = resolve_methods(["as published"], settings)
+    built = method.build(0.45).settings
+    assert (method.label, built.rounding, built.merge_group, built.video_ratio) == ("as published", "official", 3, 0.4)
+
+
+def test_mistakes_about_presets_are_named() -> None:
+    with pytest.raises(CompressorError, match="no preset is named 'omnizip/7b/36'; did you mean 'omnizip/7b/35'"):
+        resolve_methods(["omnizip@omnizip/7b/36"], {})
+    with pytest.raises(CompressorError, match="did you mean 'omnizip'"):
+        resolve_methods(["omnizp@omnizip/7b/35"], {})
+    entry = "random@seats/7b/35"
+    with pytest.raises(CompressorError, match="audio_ratio is given, but the preset has ratios"):
+        resolve_methods([entry], {entry: {"audio_ratio": 0.5}})
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(CompressorError, match="did you mean 'random'"):
         resolve_methods(["randon"], {})

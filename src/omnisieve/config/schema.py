@@ -176,7 +176,7 @@ class EvalConfig:
     manifest: str = option(MISSING, "JSONL manifest with questions and answers")
     benchmark: str = option("manifest", "its name in the report")
     methods: list[str] = option(
-        MISSING, "names of methods, folders of exported compressors, either as X@PRESET, or keys of settings"
+        MISSING, "names of methods, folders of exported compressors (either also as X@PRESET), or keys of settings"
     )
     ratios: list[float] = option([0.25], "retained ratios; the method full runs once")
     settings: dict[str, Any] = option(

@@ -1,4 +1,4 @@
-"""From an entry of `methods` to compressors: registry names, exported folders, variants and bounds."""
+"""From an entry of `methods` to compressors: registry names, exported folders, presets, variants and bounds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any
 
 from omnisieve.artifact import is_artifact, load_compressor, read_config
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
+from omnisieve.compressors.base import find_preset
+from omnisieve.compressors.presets import Preset
+from omnisieve.compressors.ratios import RATIOS
 from omnisieve.evaluation.bounds import BOUNDS, NoMedia, build_bound
 from omnisieve.evaluation.report import Kind
 
+AT_PRESET = "@"
+"""Between a method and a preset that it is evaluated at."""
 BY_RATIO = "at"
 """Key of a method's settings that holds settings for single ratios: `at: {0.25: {audio_ratio: 0.4}}`."""
 
@@ -24,9 +29,10 @@ class Method:
         label: what its rows are called: the entry as it was given.
         name: the registered method behind it.
         kind: see `report.Kind`.
-        settings: fields of the method, without the ratio.
+        settings: fields of the method, without the ratio unless it comes from a preset.
         at: further fields per ratio.
         folder: of an exported compressor, None for registered methods.
+        total: the only ratio that a preset is for; None: any.
     """
 
     label: str
@@ -35,17 +41,21 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     at: Mapping[float, Mapping[str, Any]] = field(default_factory=dict)
     folder: Path | None = None
+    total: float | None = None
 
     def ratios(self, asked: Sequence[float]) -> Sequence[float]:
         """The ratios it is evaluated at; all tokens are all tokens, and none are none, once."""
         if self.kind == "full":
             return (1.0,)
+        if self.total is not None:
+            return (self.total,)
         return (0.0,) if self.name == NoMedia.name else tuple(dict.fromkeys(asked))
 
     def fields_at(self, ratio: float) -> dict[str, Any]:
         """The settings at one ratio."""
-        # No compressor knows a ratio of 0; the one that keeps nothing takes any.
-        return {"retained_ratio": ratio or 1.0} | dict(self.settings) | dict(self.at.get(ratio, {}))
+        # No compressor knows a ratio of 0; the one that keeps nothing takes any. A preset has its own ratios.
+        common = {} if self.total is not None else {"retained_ratio": ratio or 1.0}
+        return common | dict(self.settings) | dict(self.at.get(ratio, {}))
 
     def build(self, ratio: float) -> Compressor:
         """The compressor at one ratio, in evaluation mode.
@@ -64,8 +74,9 @@ def resolve_methods(entries: Sequence[str], settings: Mapping[str, Mapping[str, 
     """Read the entries of a configuration.
 
     Args:
-        entries: registered names, folders of exported compressors, bounds (`oracle`, `no_media`), or keys of
-            `settings` that name their method.
+        entries: registered names, folders of exported compressors, bounds (`oracle`, `no_media`), each of them also
+            at a preset ("random@seats/7b/35", whose own ratio it then has), or keys of `settings` that name their
+            method.
         settings: per entry its fields; `method` makes the entry a variant of that method under a name of its own,
             `at` holds fields per ratio.
 
@@ -84,16 +95,27 @@ def resolve_methods(entries: Sequence[str], settings: Mapping[str, Mapping[str, 
 def _resolve(label: str, settings: dict[str, Any]) -> Method:
     name = str(settings.pop("method", label))
     at = {float(ratio): dict(values) for ratio, values in dict(settings.pop(BY_RATIO, {})).items()}
+    total = None
+    if AT_PRESET in name and not is_artifact(name):
+        name, _, preset = name.partition(AT_PRESET)
+        settings, total = _at_preset(label, find_preset(preset), settings)
     if name in BOUNDS:
-        return Method(label, name, "bound", settings, at)
+        return Method(label, name, "bound", settings, at, total=total)
     if is_artifact(name):
         registered = read_config(name)["method"]
-        return Method(label, registered, _kind(registered), settings, at, Path(name))
+        return Method(label, registered, _kind(registered), settings, at, Path(name), total)
     if "/" in name:
         raise CompressorError(f"{name} is no exported compressor; export one with tools/export.py RUN {name}")
     if compressor_type(name).learned:
         raise CompressorError(f"{name} is learned: name the folder of an exported one instead of {name!r}")
-    return Method(label, name, _kind(name), settings, at)
+    return Method(label, name, _kind(name), settings, at, total=total)
+
+
+def _at_preset(label: str, preset: Preset, settings: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """The preset's fields with those that were given, and its total."""
+    if given := [name for name in RATIOS if name in settings]:
+        raise CompressorError(f"{label}: {given[0]} is given, but the preset has ratios of its own; leave one out")
+    return preset.with_changes(settings), preset.total
 
 
 def _kind(name: str) -> Kind:
