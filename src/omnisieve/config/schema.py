@@ -128,7 +128,11 @@ class TrainSection:
         0.0, "weight of the KL to the same LLM with all tokens; above 0 adds a full forward, about twice the time"
     )
     gradient_checkpointing: bool = option(False, "recompute the LLM in backward: a third slower, a fraction of memory")
-    zero_stage: int = option(2, "1 or 2 shard optimiser (and gradients); 3 also the frozen LLM, with more traffic")
+    zero_stage: int = option(
+        2,
+        "shards over ranks: 1 the optimiser; 2 gradients too; 3 the LLM too, after each rank has loaded it whole into "
+        "host memory: more traffic, and several ranks need data.feature_cache",
+    )
     seed: int = option(0, "of initialisation, data order and candidates")
     log_every: int = option(10, "steps")
     eval_every: int = option(100, "steps between validations, the best of which is kept; 0: never")

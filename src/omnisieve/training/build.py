@@ -28,9 +28,10 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Load the LLM, make or load the compressor, open the data.
 
     Raises:
-        ConfigError: the compressor's section does not fit its method.
+        ConfigError: the compressor's section does not fit its method, or the ranks could wait for each other forever.
         BackboneError, CompressorError, DataError: what the configuration names is not there or does not fit.
     """
+    check_sharding(config, ranks)
     check_manifests(config.data)
     if not ranks.is_first:
         disable_progress_bar()
@@ -49,6 +50,23 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
     return Trainer(config, module, open_streams(config.data, config.train, media, ranks), ranks)
+
+
+def check_sharding(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse a run whose ranks could wait for each other forever.
+
+    Under ZeRO-3 every module call gathers its parameters from all ranks, and only a rank with sound calls the audio
+    encoder.
+
+    Raises:
+        ConfigError: ZeRO-3 on several ranks that run the encoders.
+    """
+    if config.train.zero_stage == 3 and ranks.world_size > 1 and config.data.feature_cache is None:
+        raise ConfigError(
+            f"train.zero_stage is 3 on {ranks.world_size} ranks without data.feature_cache: a rank whose clips have no "
+            "sound, or no video, would never call that encoder, and the others would wait for it. Cache the encoders' "
+            "outputs (tools/cache_features.py) and set data.feature_cache, or choose train.zero_stage=2"
+        )
 
 
 def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
