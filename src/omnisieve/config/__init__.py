@@ -4,7 +4,7 @@ A key that does not exist, a value of the wrong type and a missing value are err
 the cure. `schema` holds what can be configured, `reading` how it is read.
 """
 
-from omnisieve.config.reading import check_fields, describe, load_config, read_config, save_config, to_yaml
+from omnisieve.config.reading import check_fields, describe, load_config, read_config, read_yaml, save_config, to_yaml
 from omnisieve.config.schema import (
     AudioSection,
     ConfigError,
@@ -33,6 +33,7 @@ __all__ = [
     "describe",
     "load_config",
     "read_config",
+    "read_yaml",
     "save_config",
     "to_yaml",
 ]

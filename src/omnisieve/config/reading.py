@@ -55,7 +55,7 @@ def read_config(schema: type[Config], path: str | Path, overrides: Sequence[str]
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong or missing.
     """
-    merged = _merge(OmegaConf.structured(schema), _read_yaml(path), str(path))
+    merged = _merge(OmegaConf.structured(schema), read_yaml(path), str(path))
     merged = _merge(merged, _parse_overrides(overrides), "command line")
     if missing := sorted(map(str, OmegaConf.missing_keys(merged))):
         raise ConfigError(f"{path}: {', '.join(missing)} must be given, in the file or as {missing[0]}=VALUE")
@@ -109,7 +109,12 @@ def describe(schema: type, prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's keys and values, not checked against any schema.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         loaded = OmegaConf.load(path)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -74,6 +74,7 @@ class FeatureCacheWriter:
         folder: str | Path,
         preprocessing: Mapping[str, Any],
         *,
+        statistics: Sequence[str] = (),
         dtype: torch.dtype = torch.bfloat16,
         shard_bytes: int = 1 << 30,
     ) -> None:
@@ -81,6 +82,7 @@ class FeatureCacheWriter:
         Args:
             folder: new or empty.
             preprocessing: everything that decides the features, see `MediaLoader.preprocessing`; JSON values.
+            statistics: names of the extra arrays that every entry with tokens of their modality holds.
             dtype: of stored features; extra arrays keep their own.
             shard_bytes: a shard is written when it has grown to this size.
 
@@ -91,7 +93,7 @@ class FeatureCacheWriter:
         if (self.folder / INDEX).exists():
             raise FeatureCacheError(f"{folder} already holds a feature cache; remove it or choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.preprocessing = dict(preprocessing)
+        self.preprocessing, self.statistics = dict(preprocessing), sorted(statistics)
         self.dtype, self.shard_bytes = dtype, shard_bytes
         self._entries: dict[str, dict[str, Any]] = {}
         self._unreadable: dict[str, list[str]] = {}
@@ -145,6 +147,7 @@ class FeatureCacheWriter:
         index = {
             "version": 1,
             "preprocessing": self.preprocessing,
+            "statistics": self.statistics,
             "entries": self._entries,
             "unreadable": self._unreadable,
         }
@@ -163,7 +166,12 @@ class FeatureCacheWriter:
 
 
 class FeatureCache:
-    """Reads a cache, memory-mapped; safe to hand to `DataLoader` workers."""
+    """Reads a cache, memory-mapped; safe to hand to `DataLoader` workers.
+
+    Attributes:
+        folder: of the cache.
+        statistics: names of the extra arrays that it holds.
+    """
 
     def __init__(self, folder: str | Path, preprocessing: Mapping[str, Any]) -> None:
         """
@@ -186,6 +194,7 @@ class FeatureCache:
             raise FeatureCacheError(
                 f"{folder} was made with other preprocessing ({pairs}); use the same settings or cache again"
             )
+        self.statistics: list[str] = index.get("statistics", [])
         self._entries: dict[str, dict[str, Any]] = index["entries"]
         self._unreadable: dict[str, list[str]] = index.get("unreadable", {})
         self._open: dict[int, Any] = {}
