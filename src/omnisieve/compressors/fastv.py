@@ -1,11 +1,11 @@
-"""FastV: of what enters layer K of the LLM only the tokens that the last text token attends to stay.
+"""FastV: of what has passed the first K layers of the LLM only the tokens that the last text token attends to stay.
 
-Layers 0 to K - 1 process every token; the score is the attention of layer K - 1 from the last text token, averaged
-over heads (arXiv 2403.06764). `fastv_om` keeps the best video and the best audio tokens of a sample, each modality
-apart, as SEATS evaluates FastV. A retained ratio R is averaged over the L layers, so that the cut keeps
-(R L - K) / (L - K); what this leaves nothing of is unreachable.
+The score is the attention of layer K, counted from 1, from the last text token, averaged over heads (arXiv 2403.06764).
+`fastv_om` keeps the best video and the best audio tokens of a sample, each modality apart, as SEATS evaluates FastV;
+`fastv` leaves audio whole, and video pays for both. A retained ratio R is a mean over the L layers, so that the cut
+keeps (R L - K) / (L - K); where this leaves nothing R is unreachable.
 
-The published in-place code has no cache and SEATS scores with layer K - 1 applied to its own output, which is nobody's
+The published in-place code has no KV cache, and SEATS scores with layer K applied to its own output, which is nobody's
 attention: `score: seats_post_layer`. `rounding="official"` keeps max(1, round(ratio * n)).
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnisieve.compressors.base import Budget, CompressorError, UnreachableRatioError, register
+from omnisieve.compressors.base import register
 from omnisieve.compressors.inner import PUBLISHED_DEPTH, Cut, InnerCompressor, InnerSettings, ScoreAt, keep_best
-from omnisieve.compressors.ratios import RATIOS
+from omnisieve.compressors.ratios import RATIOS, Budget, CompressorError, UnreachableRatioError, asked_budget
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.budget import largest_remainder, round_count
 
@@ -74,7 +74,31 @@ class FastvOm(InnerCompressor):
 
     def first_fields(self) -> dict[str, Any]:
         """A first stage keeps the square root of each ratio: halfway, by factors."""
-        return {name: ratio**0.5 for name, ratio in self._ratios().items()}
+        whole = {"audio_ratio": 1.0} if self._solved == Modality.VIDEO else {}
+        return whole | {name: ratio**0.5 for name, ratio in self._ratios().items()}
+
+    def behind(self, ratio: float) -> float:
+        """The share of all tokens that the cut keeps, so that the mean over layers is `ratio`.
+
+        Raises:
+            UnreachableRatioError: nothing would be left.
+        """
+        full = self._full_layers() / self.num_layers
+        converted = (ratio - full * (1.0 if self.settings.first is None else ratio**0.5)) / (1 - full)
+        if converted <= 0:
+            raise UnreachableRatioError(
+                f"{self.name}: ratio {ratio:g} is a mean over {self.num_layers} layers, of which "
+                f"{self._full_layers()} process all that enters the LLM; reachable are ratios above "
+                f"{self.mean(0.0):.4f}, up to 1"
+            )
+        return min(converted, 1.0)
+
+    def mean(self, behind: float) -> float:
+        """The ratio that `behind` turns into this share."""
+        full = self._full_layers() / self.num_layers
+        if self.settings.first is None:
+            return full + (1 - full) * behind
+        return ((full + (full**2 + 4 * (1 - full) * behind) ** 0.5) / 2) ** 2
 
     def budget(self, layout: TokenLayout) -> Budget:
         """Averaged over layers, split as the sums over layers are."""
@@ -85,7 +109,7 @@ class FastvOm(InnerCompressor):
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """max(1, round(ratio * n)), halves to even."""
-        return np.maximum(round_count(sizes * self.ratio_of(modality)), np.minimum(sizes, 1))
+        return np.maximum(round_count(sizes * self.shares_of(modality, layout)), np.minimum(sizes, 1))
 
     def _full_layers(self) -> int:
         """K."""
@@ -100,21 +124,32 @@ class FastvOm(InnerCompressor):
 
     def _after(self, layout: TokenLayout) -> Budget:
         """What the cut leaves of each modality."""
-        kept = self.at(**{name: self._converted(name, ratio) for name, ratio in self._ratios().items()})
+        kept = self.at(**{name: self.behind(ratio) for name, ratio in self._ratios().items()})
+        self._check(asked_budget(kept.settings, layout, self.audio_intact), layout)
         first = self.first.budget(layout)
         video, audio = (np.minimum(kept.counts_of(m, layout).sum(axis=1), first.of(m)) for m in MEDIA)
         return Budget(video, audio, first.exact)
 
-    def _converted(self, name: str, ratio: float) -> float:
-        """The share that the cut keeps of all tokens, so that the mean over layers is `ratio`."""
-        share = self._full_layers() / self.num_layers
-        before = 1.0 if self.settings.first is None else ratio**0.5
-        converted = (ratio - share * before) / (1 - share)
-        if converted <= 0:
-            least = share if self.settings.first is None else share**2
+    def _check(self, asked: Budget, layout: TokenLayout) -> None:
+        """Refuse a total that one modality cannot meet beside what the other keeps."""
+        modality = self._solved
+        if modality is None:
+            return
+        kept, most, rest = asked.of(modality), layout.counts(modality), asked.total - asked.of(modality)
+        outside = (kept < np.minimum(most, 1)) | (kept > most)
+        if outside.any():
+            sample = int(np.argmax(outside))
+            media = int(layout.counts(*MEDIA)[sample])
+            low, high = (self.mean((rest[sample] + n) / media) for n in (min(1, most[sample]), most[sample]))
             raise UnreachableRatioError(
-                f"{self.name}: {name} {ratio:g} is a mean over {self.num_layers} layers, of which "
-                f"{self._full_layers()} process every token that enters the LLM; reachable are ratios above "
-                f"{least:.3f}, up to 1"
+                f"{self.name}: behind layer {self._full_layers()} sample {sample} would keep {kept[sample]} of its "
+                f"{most[sample]} {modality.name.lower()} tokens beside {rest[sample]} of the other modality; reachable "
+                f"are {low:.4f} to {high:.4f} (retained_ratio, a mean over {self.num_layers} layers)"
             )
-        return converted
+
+
+@register("fastv")
+class FastV(FastvOm):
+    """See the module's docstring; settings in `FastvSettings`."""
+
+    audio_intact = True
