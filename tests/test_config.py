@@ -144,6 +144,9 @@ def test_a_wrong_list_item_names_the_list(tmp_path: Path):
         ("train.stop_at=0", "train.stop_at is 0; it must be above 0"),
         ("train.max_steps=0", "train.max_steps is 0; it must be above 0"),
         ("train.zero_stage=0", "train.zero_stage is 0; choose 1, 2 or 3"),
+        ("model={attn_implementation: flash_attention_2, dtype: float32}", "needs model.dtype=bfloat16"),
+        ("model.attn_implementation=flash_attention_2", "is not used by train.estimator.route masked"),
+        ("model.attn_implementation=eager", "eager is not used by train.estimator.route masked"),
         ("data.max_pixels=10", "data.min_pixels 3136 is above data.max_pixels 10"),
         ("data.audio.max_seconds=-1", "data.audio.max_seconds is -1.0"),
     ],
@@ -153,6 +156,11 @@ def test_a_value_out_of_range_is_refused(recipe: Path, line: str, message: str):
         read_config(TrainConfig, recipe, [line])
     assert str(recipe) in str(error.value)
     assert message in str(error.value)
+
+
+def test_other_attention_trains_the_other_route(recipe: Path):
+    overrides = ["model.attn_implementation=flash_attention_2", "train.estimator.route=hard_drop"]
+    assert read_config(TrainConfig, recipe, overrides).model.attn_implementation == "flash_attention_2"
 
 
 @pytest.mark.parametrize("line", ["ratios=[0.25,0]", "ratios=[1.5]", "methods=[]", "bootstrap=0", "limit=0"])

@@ -34,8 +34,14 @@ class ModelSection:
         "bfloat16", "of the frozen LLM; bfloat16 halves memory, but is slower than float32 on most CPUs"
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
-        "sdpa", "eager materialises S x S attention; flash_attention_2 needs the flash-attn package"
+        "sdpa",
+        "eager materialises S x S attention; flash_attention_2 needs the flash-attn package and bfloat16, and cannot "
+        "train the masked route",
     )
+
+    def __post_init__(self) -> None:
+        if self.attn_implementation == "flash_attention_2" and self.dtype != "bfloat16":
+            raise ConfigError("model.attn_implementation flash_attention_2 needs model.dtype=bfloat16")
 
 
 @dataclass
@@ -169,6 +175,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if "method" not in self.compressor:
             raise ConfigError("compressor.method is missing; name a method such as omnisift")
+        if self.train.estimator.route == "masked" and self.model.attn_implementation != "sdpa":
+            raise ConfigError(
+                f"model.attn_implementation {self.model.attn_implementation} is not used by train.estimator.route "
+                "masked, whose attention is built on SDPA: set model.attn_implementation=sdpa, or choose "
+                "train.estimator.route=hard_drop"
+            )
 
 
 @dataclass
