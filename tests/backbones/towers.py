@@ -11,19 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3
-from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
-    Qwen3OmniMoeAudioEncoderConfig,
-    Qwen3OmniMoeVisionEncoderConfig,
-)
 
-from omnisieve.backbones import adapter_for
 from omnisieve.backbones.saliency import install_saliency
 from omnisieve.compressors.base import Need
 from omnisieve.layout import Modality
-from tests.models import tiny_thinker
+from tests.models import MEL_BINS, QWEN2_5, QWEN3, tiny_thinker
 
-MEL_BINS = 128
 MEL = [1730, 207, 400, 45]
 GRIDS = [[3, 6, 10], [1, 4, 4], [4, 8, 6]]  # also of windows that do not fill the frame
 
@@ -63,13 +56,12 @@ class Tower:
 
 def make_tower(name: str) -> Tower:
     """`qwen2_5_audio`, `qwen2_5_vision`, `qwen2_5_vision_windows` (its last block attends in windows), `qwen3_*`."""
-    if name.startswith("qwen2_5"):
-        adapter = adapter_for(tiny_thinker())
-        module = adapter.audio_tower if name.endswith("audio") else adapter.visual
-        if name.endswith("windows"):
-            module.fullatt_block_indexes = [0]
-    else:
-        module = _qwen3_audio() if name.endswith("audio") else _qwen3_vision()
+    thinker: Any = tiny_thinker(family=QWEN3 if name.startswith("qwen3") else QWEN2_5)
+    # Up to transformers 5.20 the towers hang from the thinker itself.
+    towers = thinker.model if hasattr(thinker.model, "visual") else thinker
+    module = towers.audio_tower if name.endswith("audio") else towers.visual
+    if name.endswith("windows"):
+        module.fullatt_block_indexes = [0]
     generator = torch.Generator().manual_seed(3)
     if name.endswith("audio"):
         items = [(torch.randn(MEL_BINS, size, generator=generator), torch.tensor(size)) for size in MEL]
@@ -77,42 +69,6 @@ def make_tower(name: str) -> Tower:
     dim = 3 * 2 * module.patch_size**2
     items = [(torch.randn(t * h * w, dim, generator=generator), torch.tensor([t, h, w])) for t, h, w in GRIDS]
     return Tower(name, module, Modality.VIDEO, tuple(items))
-
-
-def _qwen3_audio() -> nn.Module:
-    config = Qwen3OmniMoeAudioEncoderConfig(
-        d_model=32,
-        encoder_layers=2,
-        encoder_attention_heads=2,
-        encoder_ffn_dim=48,
-        output_dim=32,
-        num_mel_bins=MEL_BINS,
-        downsample_hidden_size=4,
-    )
-    return _random(qwen3.Qwen3OmniMoeAudioEncoder._from_config(config))
-
-
-def _qwen3_vision() -> nn.Module:
-    config = Qwen3OmniMoeVisionEncoderConfig(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        patch_size=4,
-        out_hidden_size=32,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0],
-    )
-    return _random(qwen3.Qwen3OmniMoeVisionEncoder._from_config(config))
-
-
-def _random(module: nn.Module) -> nn.Module:
-    """Weights large enough that attention is far from uniform."""
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=2.0 * parameter[0].numel() ** -0.5)
-    return module.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
