@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from omnisieve.backbones.shape import DecoderShape
+from omnisieve.evaluation.efficiency import Prefill
 from omnisieve.evaluation.metrics import Answer
 from omnisieve.evaluation.report import (
     Cell,
@@ -20,7 +23,7 @@ from omnisieve.evaluation.report import (
 
 ROW_KEYS = {
     "method", "benchmark", "retained_ratio", "status", "measured_ratio", "accuracy", "ci95", "n_questions", "n_clips",
-    "n_failures", "by_family",
+    "n_failures", "by_family", "efficiency",
 }  # fmt: skip
 
 
@@ -96,6 +99,47 @@ def test_markdown_shows_every_row() -> None:
     assert "| stvp | 25% | 50.0 (" in text
     assert "| dycoke | 10% | unreachable | - |" in text
     assert "| out/export | stvp | world | 25% | +25.0 (" in text
+
+
+DECODER = DecoderShape(2, 8, 2, 1, 4, 16, 10)
+
+
+def with_prefills() -> list[Cell]:
+    """The rows of `cells`, whose questions each have 20 media tokens and 4 of text."""
+    found = cells()
+    for one in found:
+        kept = np.full((len(one.answers), 2), round(20 * one.retained_ratio))
+        if one.answers:
+            one.prefills.append(Prefill(np.full(len(kept), 4), np.full(len(kept), 20), kept, kept))
+    return found
+
+
+def test_rows_say_what_their_prompts_cost() -> None:
+    rows = make_report(with_prefills(), {}, decoder=DECODER)["rows"]
+    full, random = (row["efficiency"] for row in rows[:2])
+    assert set(full["of_full"].values()) == {1}
+    assert random["media_tokens_per_layer"] == [5, 5]
+    assert random["layer_retention"] == 0.25
+    assert random["tflops"]["exact"] == pytest.approx(random["of_full"]["exact"] * full["tflops"]["exact"])
+    assert rows[-1]["efficiency"] is None
+    assert all(row["efficiency"] is None for row in make_report(with_prefills(), {})["rows"])
+
+
+def test_markdown_has_a_column_of_costs_where_they_are_known() -> None:
+    report = make_report(with_prefills(), {}, decoder=DECODER)
+    share = f"{100 * report['rows'][1]['efficiency']['of_full']['exact']:.1f} %"
+    table = markdown(report).split("\n\n")[1].splitlines()
+    assert "| total | FLOPs of full | questions / clips |" in table[0]
+    assert {line.count("|") for line in table} == {11}
+    assert f"| 25.0 % | {share} | 8 / 8 |" in next(line for line in table if line.startswith("| random"))
+    assert "| - | 0 / 0 |" in next(line for line in table if line.startswith("| dycoke"))
+
+
+def test_reports_without_costs_have_no_such_column() -> None:
+    report = make_report(cells(), {})
+    older = report | {"rows": [{k: v for k, v in row.items() if k != "efficiency"} for row in report["rows"]]}
+    assert markdown(older) == markdown(report)
+    assert "FLOPs" not in markdown(older)
 
 
 def test_written_files(tmp_path: Path) -> None:

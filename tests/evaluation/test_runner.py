@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,13 +13,15 @@ from omnisieve.backbones import adapter_for, attach
 from omnisieve.compressors import CompressorError, build_compressor
 from omnisieve.data.collate import collate
 from omnisieve.data.media import MediaError
+from omnisieve.evaluation.accounting import selection_flops
 from omnisieve.evaluation.benchmarks import Clip
+from omnisieve.evaluation.efficiency import selector_flops, summarise
 from omnisieve.evaluation.guards import MediaGuard
 from omnisieve.evaluation.methods import resolve_methods
 from omnisieve.evaluation.prompts import generate, make_prompts
 from omnisieve.evaluation.runner import Evaluation, Results
 from tests.evaluation.tiny import TinyBenchmark, tiny_clip
-from tests.models import PAD, tiny_thinker
+from tests.models import HIDDEN, PAD, tiny_thinker
 
 TOKENS = 4
 
@@ -171,3 +174,45 @@ def test_test_of_an_absent_modality_is_not_claimed(model: nn.Module, clips: list
     found = evaluate(model, clips[2:], ["full"], [1.0]).guards
     assert found["hearing_test"] is None
     assert found["seeing_test"]["passed"]
+
+
+def test_costs_are_those_of_the_tokens_that_each_layer_processed(model: nn.Module, clips: list[Clip]) -> None:
+    results = evaluate(model, clips[:1], ["full", "random", "fastv_om"], [0.5])
+    full, random, inner = (summarise(cell.prefills, results.decoder) for cell in results.cells)
+    # 4 grids of 6 video tokens, 4 s of sound at 25 tokens a second.
+    assert full["media_tokens_per_layer"] == [124, 124, 124]
+    assert random["media_tokens_per_layer"] == [62, 62, 62]
+    assert (full["of_full"]["exact"], full["selection_tflops"]) == (1, None)
+    # All tokens in the first of three layers, a quarter in the others.
+    assert inner["media_tokens_per_layer"] == [124, 31, 31]
+    assert inner["layer_retention"] == random["layer_retention"] == 0.5
+    # Attention is quadratic: what is left of half the tokens costs less than half where layers differ less.
+    assert random["of_full"]["exact"] < inner["of_full"]["exact"] < 0.6
+    assert results.cells[2].answers[0].kept == (12, 50)
+
+
+def test_a_cache_that_is_pruned_holds_what_the_last_layer_saw(model: nn.Module, clips: list[Clip]) -> None:
+    settings = {"pruned": {"method": "fastv_om", "kv_policy": "prune_all_layers"}}
+    results = evaluate(model, clips[:1], ["fastv_om", "pruned"], [0.5], settings=settings)
+    kept, pruned = (cell.prefills[0] for cell in results.cells)
+    assert kept.cached.tolist() == kept.processed.tolist() == pruned.processed.tolist()
+    assert pruned.cached[0].tolist() == [31, 31, 31]
+
+
+def test_selection_is_counted_for_a_trained_selector(model: nn.Module, clips: list[Clip]) -> None:
+    adapter = adapter_for(model)
+    (prompt,) = make_prompts(adapter, [tiny_clip(model, "a", questions=1)], pad_token_id=PAD)
+    layout = prompt.batch.layout
+    costs = []
+    for pruner in ("similarity", "learned"):
+        compressor = build_compressor(
+            "omnisift", hidden_size=HIDDEN, width=8, heads=2, retained_ratio=0.5, video_pruner=pruner
+        ).eval()
+        costs.append(selection_flops(compressor, compressor.plan(prompt.embeds, layout), layout))
+    # Two windows of 12 video tokens, of which 6 stay, and 50 audio tokens.
+    attended, audio, video = np.array([6, 6]), np.array([50, 50]), np.array([12, 12])
+    assert costs[0].tolist() == [selector_flops(attended, audio, HIDDEN, 8)]
+    # 3 x 3 and 1 x 1 kernels over all 24 tokens.
+    convolutions = 2 * 24 * (9 * 8 + 8 * 64 + 9 * 64 + 64)
+    assert costs[1].tolist() == [selector_flops(attended, audio, HIDDEN, 8, projected=video) + convolutions]
+    assert selection_flops(build_compressor("random", retained_ratio=0.5), None, layout) is None

@@ -125,24 +125,24 @@ def layer_lengths(layers: int, length: int, drops: Iterable[tuple[int, int]] = (
 
 def selector_flops(
     video: np.ndarray, audio: np.ndarray, hidden_size: int, width: int, projected: np.ndarray | None = None
-) -> int:
-    """FLOPs of OmniSIFT's audio selector, 2 per multiply-add (arXiv 2602.04804, table 7).
+) -> np.ndarray:
+    """FLOPs of OmniSIFT's audio selector, 2 per multiply-add, int64 [...] (arXiv 2602.04804, table 7).
 
     Args:
-        video, audio: [W] video tokens that are attended to, and audio tokens that are scored, of each window.
+        video, audio: [..., W] video tokens that are attended to, and audio tokens that are scored, of each window.
         hidden_size: D.
         width: of the selector.
-        projected: [W] video tokens that pass the visual projection; None: those that are attended to.
+        projected: [..., W] video tokens that pass the visual projection; None: those that are attended to.
     """
     projections = ((video if projected is None else projected) + audio) * hidden_size * width
     attention = 2 * (video + audio) * width**2 + 2 * video * audio * width
     scores = audio * (width**2 // 2 + width // 2)
-    return int(2 * (projections + attention + scores).sum())
+    return 2 * (projections + attention + scores).sum(axis=-1)
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Tokens of N prompts in a decoder of L layers, int64; each prompt counts as if it ran alone.
+    """Tokens of N prompts in a decoder of L layers, int64; each prompt counts as if it ran alone, without padding.
 
     Attributes:
         text: [N] tokens that are never dropped: text and images.
@@ -179,7 +179,7 @@ def summarise(prefills: Sequence[Prefill], shape: DecoderShape) -> dict[str, Any
         "selection_tflops": float(np.concatenate(selections).mean() / _TERA) if selections else None,
         "kv_bytes": float(memory.mean()),
         "of_full": {name: float(costs[name].sum() / full[name].sum()) for name in costs},
-        "media_tokens_per_layer": processed.mean(axis=0).tolist(),
+        "media_tokens_per_layer": processed.mean(axis=0).round(2).tolist(),
         "layer_retention": float(processed.sum() / everything.sum()) if everything.any() else None,
     }
 

@@ -43,6 +43,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
         environment(config, results, str(model.device)),
         methods={method.label: _describe(method) for method in methods},
         failures=results.failures,
+        decoder=results.decoder,
         samples=config.bootstrap,
         seed=config.seed,
     )

@@ -22,7 +22,7 @@ class Answer:
         question, clip, family: ids of the question and of its clip, and the kind of question.
         expected, predicted: the right and the generated answer, as they were written.
         correct: whether the benchmark takes the prediction for right.
-        kept, present: video and audio tokens that the LLM saw, and that there were.
+        kept, present: video and audio tokens that the LLM saw, on average over its layers, and that there were.
     """
 
     question: str

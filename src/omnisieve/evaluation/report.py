@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from omnisieve.backbones.shape import DecoderShape
+from omnisieve.evaluation.efficiency import Prefill, summarise
 from omnisieve.evaluation.metrics import (
     BOOTSTRAP_SAMPLES,
     Answer,
@@ -35,6 +37,7 @@ class Cell:
         benchmark: its name.
         retained_ratio: the ratio that was asked for.
         answers: of the questions that could be asked.
+        prefills: what their prompts put through the LLM.
         failures: questions that could not be asked, because their clip could not be read.
         unreachable: why the method cannot have this ratio, None if it can.
     """
@@ -46,6 +49,7 @@ class Cell:
     answers: list[Answer] = field(default_factory=list)
     failures: int = 0
     unreachable: str | None = None
+    prefills: list[Prefill] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -63,6 +67,7 @@ def make_report(
     *,
     methods: Mapping[str, Any] | None = None,
     failures: Sequence[Mapping[str, str]] = (),
+    decoder: DecoderShape | None = None,
     samples: int = BOOTSTRAP_SAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -73,10 +78,11 @@ def make_report(
         environment: what was evaluated on which machine with which libraries.
         methods: label -> settings, so that every knob is on record.
         failures: `{"clip", "error"}` of each clip that could not be read.
+        decoder: without it no row says what its prompts cost.
         samples, seed: of the bootstrap.
     """
     return {
-        "rows": [_row(cell, samples, seed) for cell in cells],
+        "rows": [_row(cell, samples, seed) | {"efficiency": _efficiency(cell, decoder)} for cell in cells],
         "comparisons": [_comparison(*pair, samples, seed) for pair in _rivals(cells)],
         "methods": dict(methods or {}),
         "unreachable": [
@@ -168,6 +174,10 @@ def _row(cell: Cell, samples: int, seed: int) -> dict[str, Any]:
     }
 
 
+def _efficiency(cell: Cell, decoder: DecoderShape | None) -> dict[str, Any] | None:
+    return summarise(cell.prefills, decoder) if decoder is not None and cell.prefills else None
+
+
 def _rivals(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
     """Each learned row with the best training-free row of the same benchmark and ratio."""
     pairs = []
@@ -193,14 +203,19 @@ def _comparison(cell: Cell, rival: Cell, samples: int, seed: int) -> dict[str, A
 
 def _results_table(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> str:
     full = next((row["accuracy"] for row in rows if row["retained_ratio"] == 1 and row["accuracy"]), None)
+    # Reports of older versions hold no costs.
+    costs = any(row.get("efficiency") for row in rows)
     lines = [
         f"### {benchmark}",
         "",
-        "| method | asked | accuracy (95 %) | of full | video | audio | total | questions / clips | failures |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| method | asked | accuracy (95 %) | of full | video | audio | total |{' FLOPs of full |' if costs else ''}"
+        " questions / clips | failures |",
+        f"|---|---|---|---|---|---|---|---|---|{'---|' if costs else ''}",
     ]
     for row in rows:
-        ratios = " | ".join(_percent(row["measured_ratio"][name]) for name in ("video", "audio", "total"))
+        shares = [row["measured_ratio"][name] for name in ("video", "audio", "total")]
+        shares += [(row.get("efficiency") or {}).get("of_full", {}).get("exact")] if costs else []
+        ratios = " | ".join(map(_percent, shares))
         score, share = row["status"] if row["status"] != "ok" else "-", "-"
         if row["accuracy"] is not None:
             score = "{:.1f} ({:.1f} to {:.1f})".format(row["accuracy"], *row["ci95"])

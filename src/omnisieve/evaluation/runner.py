@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from omnisieve.backbones import adapter_for, attach
+from omnisieve.backbones import Attachment, adapter_for, attach
+from omnisieve.backbones.shape import DecoderShape, decoder_shape
 from omnisieve.compressors import Compressor, Need, UnreachableRatioError
 from omnisieve.data.read_ahead import ReadAhead
+from omnisieve.evaluation.accounting import prefill
 from omnisieve.evaluation.benchmarks import Benchmark, Clip
 from omnisieve.evaluation.bounds import show_evidence
 from omnisieve.evaluation.guards import MediaGuard
@@ -29,7 +31,6 @@ from omnisieve.evaluation.metrics import Answer
 from omnisieve.evaluation.prompts import Prompt, generate, make_prompts
 from omnisieve.evaluation.report import Cell
 from omnisieve.layout import MEDIA
-from omnisieve.plan import Plan
 
 Item = TypeVar("Item")
 
@@ -43,12 +44,14 @@ class Results:
         failures: `{"clip", "error"}` of every clip that could not be read; it is missing from all cells alike.
         guards: what the hearing and the seeing test found, see `guards.MediaGuard`.
         seconds: wall clock of each cell ("random 0.25"), and of "media": decoding, encoders, guards.
+        decoder: what the cost of a prompt depends on.
     """
 
     cells: list[Cell]
     failures: list[dict[str, str]] = field(default_factory=list)
     guards: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    decoder: DecoderShape | None = None
 
 
 class Evaluation:
@@ -87,7 +90,8 @@ class Evaluation:
         self.tokens_per_forward = tokens_per_forward
         self.max_new_tokens = max_new_tokens
         self.workers = workers
-        self.results = Results([])
+        thinker = self.adapter.thinker
+        self.results = Results([], decoder=decoder_shape(self.adapter.decoder.config, thinker.dtype.itemsize))
         self._compressors: list[Compressor | None] = []
         for method in methods:
             for ratio in method.ratios(ratios):
@@ -176,14 +180,16 @@ class Evaluation:
         except UnreachableRatioError as error:
             cell.unreachable = str(error)
             cell.answers.clear()
+            cell.prefills.clear()
             return
-        assert attachment.last_plan is not None  # every prompt is planned
-        self._record(cell, prompt, attachment.last_plan, self.benchmark.decode(written))
+        self._record(cell, prompt, attachment, self.benchmark.decode(written))
 
-    def _record(self, cell: Cell, prompt: Prompt, plan: Plan, predictions: Sequence[str]) -> None:
-        batch = prompt.batch
-        kept = plan.measured(batch.layout)
-        kept_counts = zip(kept["video"].tolist(), kept["audio"].tolist(), strict=True)
+    def _record(self, cell: Cell, prompt: Prompt, attachment: Attachment, predictions: Sequence[str]) -> None:
+        batch, plan = prompt.batch, attachment.last_plan
+        assert plan is not None  # every prompt is planned
+        kept = attachment.layer_counts()
+        cell.prefills.append(prefill(attachment.compressor, plan, batch.layout, kept))
+        kept_counts = map(tuple, kept.mean(axis=0).tolist())
         counts = zip(*(batch.layout.counts(modality).tolist() for modality in MEDIA), strict=True)
         rows = zip(batch.ids, prompt.clips, batch.meta, predictions, kept_counts, counts, strict=True)
         for line, clip, meta, predicted, kept_tokens, tokens in rows:
