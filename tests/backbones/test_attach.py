@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 
 import pytest
@@ -10,21 +11,22 @@ import torch
 
 from omnisieve.backbones import Estimator, adapter_for, attach
 from omnisieve.data.batch import Batch
-from tests.backbones.toys import greedy_reference, learned_toy, norm_compressor, stock_embeds
-from tests.models import HIDDEN, PICTURE, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
+from tests.backbones.toys import greedy_reference, learned_toy, norm_compressor, stock_prompt
+from tests.models import FAMILIES, HIDDEN, PICTURE, QWEN3, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
 
 STEPS = 6
 MIXED = [[SOUNDING], [SILENT], [SPEECH], [SILENT, Media(grids=2, rows=2, columns=2)]]
 
 
-@pytest.fixture(scope="module")
-def thinker():
-    return tiny_thinker()
+@pytest.fixture(scope="module", params=FAMILIES)
+def thinker(request):
+    return tiny_thinker(family=request.param)
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=itertools.product(FAMILIES, ["sdpa", "eager"]), ids="-".join)
 def any_thinker(request):
-    return tiny_thinker(attention=request.param)
+    family, attention = request.param
+    return tiny_thinker(attention=attention, family=family)
 
 
 def greedy(model, inputs, **changes):
@@ -81,14 +83,12 @@ def test_a_failing_forward_does_no_harm_to_the_next(thinker):
 def test_compressed_greedy_output_equals_feeding_compressed_embeddings(any_thinker, items):
     inputs = tiny_inputs(any_thinker, [items])
     adapter, compressor = adapter_for(any_thinker), norm_compressor()
-    embeds = stock_embeds(any_thinker, inputs)
+    prompt = stock_prompt(any_thinker, inputs)
     with torch.no_grad():
         layout = adapter.layout(inputs["input_ids"], inputs["position_ids"])
-        keep = compressor.plan(embeds, layout).keep[0]
+        keep = compressor.plan(prompt["inputs_embeds"], layout).keep[0]
         assert keep.sum() < len(keep)
-        expected = greedy_reference(
-            adapter.decoder, adapter.lm_head, embeds[:, keep], inputs["position_ids"][1:, :, keep], STEPS
-        )
+        expected = greedy_reference(adapter.decoder, adapter.lm_head, prompt, keep, inputs["position_ids"][1:], STEPS)
         with attach(any_thinker, compressor) as attachment:
             assert greedy(any_thinker, inputs) == [expected]
     assert torch.equal(attachment.last_plan.keep[0], keep)
@@ -149,9 +149,8 @@ def test_beams_equal_those_of_single_samples(thinker, changes):
         def beams(samples):
             inputs = tiny_inputs(thinker, samples)
             attachment.layout = layout_of(thinker, inputs)
-            return thinker.generate(
-                **merged(thinker, inputs), max_new_tokens=STEPS, do_sample=False, **changes
-            ).tolist()
+            with merged(thinker, inputs) as embedded:
+                return thinker.generate(**embedded, max_new_tokens=STEPS, do_sample=False, **changes).tolist()
 
         together = beams(MIXED)
         assert together == [tokens for items in MIXED for tokens in beams([items])]
@@ -172,9 +171,9 @@ def test_several_sampled_sequences_of_one_prompt(thinker):
     inputs = tiny_inputs(thinker, MIXED)
     with attach(thinker, norm_compressor()) as attachment:
         attachment.layout = layout_of(thinker, inputs)
-        out = thinker.generate(
-            **merged(thinker, inputs), max_new_tokens=STEPS, do_sample=True, top_k=1, num_return_sequences=2
-        )
+        options = {"max_new_tokens": STEPS, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
+        with merged(thinker, inputs) as embedded:
+            out = thinker.generate(**embedded, **options)
         expected = greedy(thinker, inputs)
     assert out.tolist() == [tokens for tokens in expected for _ in range(2)]
 
@@ -223,17 +222,23 @@ def layout_of(model, inputs):
     return adapter_for(model).layout(inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"])
 
 
+@contextlib.contextmanager
 def merged(model, inputs):
-    """Inputs with merged embeddings instead of ids and media."""
+    """Inputs with merged embeddings instead of ids and media, and the deepstack features that belong to them."""
     adapter = adapter_for(model)
     batch = Batch(layout=layout_of(model, inputs), labels=inputs["input_ids"], **inputs)
-    embeds = adapter.merge(inputs["input_ids"], adapter.encode(batch))
-    return {"inputs_embeds": embeds} | {key: inputs[key] for key in ("attention_mask", "position_ids")}
+    features = adapter.encode(batch)
+    embeds = adapter.merge(inputs["input_ids"], features)
+    with adapter.deepstack(features, batch.layout):
+        yield {"inputs_embeds": embeds} | {key: inputs[key] for key in ("attention_mask", "position_ids")}
 
 
-def test_a_training_forward_never_waits_for_the_device():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_forward_never_waits_for_the_device(family):
     """On the meta device there is nothing to read back, so any wait is an error."""
-    model = tiny_thinker()
+    model = tiny_thinker(family=family)
+    if family == QWEN3:
+        model.set_experts_implementation("batched_mm")  # the default one wants bfloat16 there
     inputs = tiny_inputs(model, MIXED, padding_side="right")
     layout = layout_of(model, inputs).to("meta")
     adapter = adapter_for(model)
@@ -243,7 +248,10 @@ def test_a_training_forward_never_waits_for_the_device():
     compressor = learned_toy(HIDDEN).to("meta")
     labels = torch.full(inputs["input_ids"].shape, -100, device="meta")
     for route in ("hard_drop", "masked"):
-        with attach(model, compressor, Estimator(route, 0.5)) as attachment:
+        with (
+            attach(model, compressor, Estimator(route, 0.5)) as attachment,
+            adapter.deepstack(features, layout),
+        ):
             attachment.generator = torch.Generator()
             attachment.expect(layout=layout, labels=labels, answer_tokens=7)
             embeds = adapter.merge(inputs["input_ids"].to("meta"), features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,34 +74,48 @@ def learned_toy(hidden_size: int, ratio: float = 0.3, dtype: torch.dtype = torch
 
 
 def greedy_reference(
-    decoder: nn.Module, lm_head: nn.Module, embeds: Tensor, positions: Tensor, steps: int
+    decoder: nn.Module, lm_head: nn.Module, prompt: Mapping[str, Any], keep: Tensor, positions: Tensor, steps: int
 ) -> list[int]:
     """Greedy decoding of one sample without cache or padding.
 
     Args:
         decoder, lm_head: of the stock model.
-        embeds: [1, K, D] compressed prompt.
-        positions: [3, 1, K] rope ids of its tokens.
+        prompt: what the stock model hands to its decoder, see `stock_prompt`.
+        keep: [S] bool, tokens that stay.
+        positions: [3, 1, S] rope ids of all tokens.
         steps: tokens to generate.
     """
     tokens: list[int] = []
+    embeds, positions = prompt["inputs_embeds"][:, keep], positions[:, :, keep]
     following = positions.max() + 1
+    visual: dict[str, Any] = {}
+    if prompt.get("visual_pos_masks") is not None:
+        seen = prompt["visual_pos_masks"][0]
+        features = [values[keep[seen]] for values in prompt["deepstack_visual_embeds"]]
+        visual = {"visual_pos_masks": (seen & keep)[None, keep], "deepstack_visual_embeds": features}
     with torch.no_grad():
         for _ in range(steps):
-            states = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+            states = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **visual).last_hidden_state
             tokens.append(int(lm_head(states[:, -1]).argmax()))
             embeds = torch.cat([embeds, decoder.embed_tokens(torch.tensor([[tokens[-1]]]))], dim=1)
             positions = torch.cat([positions, (following + len(tokens) - 1).expand(3, 1, 1)], dim=-1)
+            if visual:
+                visual["visual_pos_masks"] = nn.functional.pad(visual["visual_pos_masks"], (0, 1))
     return tokens
 
 
 def stock_embeds(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What the stock forward hands to its decoder, [B, S, D]."""
+    """Merged embeddings of the stock forward, [B, S, D]."""
+    return stock_prompt(model, inputs)["inputs_embeds"]
+
+
+def stock_prompt(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the stock forward hands to its decoder."""
     decoder = getattr(model.model, "language_model", model.model)
-    seen: list[Tensor] = []
+    seen: list[dict[str, Any]] = []
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(kwargs["inputs_embeds"])
+        seen.append(dict(kwargs))
 
     handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
     with torch.no_grad():

@@ -1,44 +1,69 @@
-"""The stock processor and rope function, as references."""
+"""The stock processors and rope functions, as references."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3OmniMoeProcessor,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
 
+from omnisieve.backbones import adapter_for
 from omnisieve.data.tokens import TokenRules
+from tests.models import QWEN2_5, QWEN3, QWEN3_PATCH, tiny_config
 
 BACKBONE = Path(__file__).parents[2] / "data" / "testbed" / "backbone"
+_TOKENS = {
+    "image_token_id": "image_token",
+    "video_token_id": "video_token",
+    "audio_token_id": "audio_token",
+    "audio_start_token_id": "audio_bos_token",
+    "audio_end_token_id": "audio_eos_token",
+    "vision_start_token_id": "vision_bos_token",
+    "vision_end_token_id": "vision_eos_token",
+}
 
 
-@lru_cache(maxsize=1)
-def stock_processor() -> Qwen2_5OmniProcessor:
-    return Qwen2_5OmniProcessor.from_pretrained(BACKBONE)
+@lru_cache(maxsize=2)
+def stock_processor(family: str = QWEN2_5) -> Any:
+    """The testbed's; that of Qwen3 shares its tokenizer, chat template and feature extractor."""
+    processor = Qwen2_5OmniProcessor.from_pretrained(BACKBONE)
+    if family == QWEN2_5:
+        return processor
+    return Qwen3OmniMoeProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=QWEN3_PATCH),
+        video_processor=Qwen2VLVideoProcessor(patch_size=QWEN3_PATCH),
+        feature_extractor=processor.feature_extractor,
+        tokenizer=processor.tokenizer,
+        chat_template=processor.chat_template,
+    )
 
 
-@lru_cache(maxsize=1)
-def stock_thinker() -> Qwen2_5OmniThinkerForConditionalGeneration:
+@lru_cache(maxsize=2)
+def stock_thinker(family: str = QWEN2_5) -> Any:
     """Without weights: only its position rule is used."""
     with torch.device("meta"):
-        return Qwen2_5OmniThinkerForConditionalGeneration(AutoConfig.from_pretrained(BACKBONE))
+        if family == QWEN2_5:
+            return Qwen2_5OmniThinkerForConditionalGeneration(AutoConfig.from_pretrained(BACKBONE))
+        config = tiny_config(family=QWEN3)
+        tokenizer = stock_processor(family).tokenizer
+        for name, token in _TOKENS.items():
+            setattr(config, name, tokenizer.convert_tokens_to_ids(getattr(tokenizer, token)))
+        return Qwen3OmniMoeThinkerForConditionalGeneration(config)
 
 
-@lru_cache(maxsize=1)
-def rules() -> TokenRules:
-    config = stock_thinker().config
-    return TokenRules(
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
-        audio_token_id=config.audio_token_id,
-        audio_start_token_id=config.audio_start_token_id,
-        audio_end_token_id=config.audio_end_token_id,
-        spatial_merge_size=config.vision_config.spatial_merge_size,
-        temporal_patch_size=config.vision_config.temporal_patch_size,
-        ids_per_second=config.position_id_per_seconds,
-        seconds_per_chunk=config.seconds_per_chunk,
-    )
+@lru_cache(maxsize=2)
+def rules(family: str = QWEN2_5) -> TokenRules:
+    return adapter_for(stock_thinker(family)).token_rules()
 
 
 def stock_positions(
@@ -49,9 +74,10 @@ def stock_positions(
     mel_frames: list[int],
     *,
     sound_in_video: bool,
+    family: str = QWEN2_5,
 ) -> torch.Tensor:
     """Positions [3, S] of one sample by the stock rule."""
-    positions, _ = stock_thinker().get_rope_index(
+    positions, _ = stock_thinker(family).get_rope_index(
         input_ids[None],
         torch.tensor(image_grids) if image_grids else None,
         torch.tensor(video_grids) if video_grids else None,

@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat_extract_output_lengths
 
 from omnisieve.data.chat import ChatFormat
 from omnisieve.data.tokens import IGNORED, AudioRun, ImageRun, Run, TokenSequence, VideoRun, expand
 from omnisieve.layout import Modality, TokenLayout
 from tests.data.stock import rules, stock_positions, stock_processor
+from tests.models import FAMILIES, PATCH, QWEN2_5, QWEN3, QWEN3_PATCH
 
+both_families = pytest.mark.parametrize("family", FAMILIES)
 GRIDS = st.tuples(st.integers(1, 12), st.sampled_from([2, 4, 6, 8]), st.sampled_from([2, 4, 6]))
 SECONDS = st.sampled_from([1.0, 0.5, 0.25, 2 / 3, 0.8, 1.7, 2.0, 2.4, 3.1, 5.0, 7.5])
 
@@ -33,50 +36,54 @@ def conversation(runs: list[Run]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
 
 
-def sequence(runs: list[Run]) -> TokenSequence:
+def sequence(runs: list[Run], family: str = QWEN2_5) -> TokenSequence:
     ids, labels = chat().encode(conversation(runs))
-    return expand(ids, runs, rules(), labels)
+    return expand(ids, runs, rules(family), labels)
 
 
-def mel_frames(tokens: int) -> int:
+def mel_frames(tokens: int, family: str) -> int:
     """A number of mel frames that gives so many audio tokens."""
-    return next(n for n in range(4 * tokens, 4 * tokens + 4) if rules().audio_tokens(n) == tokens)
+    return next(n for n in range(4 * tokens, 8 * tokens + 4) if rules(family).audio_tokens(n) == tokens)
 
 
-def assert_stock_positions(runs: list[Run], *, sound_in_video: bool) -> None:
-    result = sequence(runs)
+def assert_stock_positions(runs: list[Run], family: str, *, sound_in_video: bool) -> None:
+    result = sequence(runs, family)
     sounds = [run.tokens if isinstance(run, AudioRun) else getattr(run, "audio_tokens", 0) for run in runs]
     expected = stock_positions(
         torch.from_numpy(result.input_ids),
         [run.grid for run in runs if isinstance(run, VideoRun)],
         [run.grid for run in runs if isinstance(run, ImageRun)],
         [run.seconds_per_grid for run in runs if isinstance(run, VideoRun)],
-        [mel_frames(count) for count in sounds if count],
+        [mel_frames(count, family) for count in sounds if count],
         sound_in_video=sound_in_video,
+        family=family,
     )
     np.testing.assert_array_equal(result.position_ids, expected.numpy())
 
 
+@both_families
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(GRIDS, SECONDS, st.integers(1, 700))
-@example((6, 4, 4), 1.0, 150)
-@example((6, 4, 4), 1.0, 151)  # a tail of sound after the last frame
-@example((5, 4, 4), 1.0, 20)  # sound that ends first, with an odd number of grids
-@example((3, 2, 2), 5.0, 375)  # windows without a grid
-@example((1, 8, 6), 1.0, 1)  # rows and columns reach further than time
-def test_positions_of_a_video_with_sound(grid: tuple[int, int, int], seconds: float, audio: int) -> None:
-    assert_stock_positions([VideoRun(grid, seconds, audio)], sound_in_video=True)
+@given(grid=GRIDS, seconds=SECONDS, audio=st.integers(1, 700))
+@example(grid=(6, 4, 4), seconds=1.0, audio=150)
+@example(grid=(6, 4, 4), seconds=1.0, audio=151)  # a tail of sound after the last frame
+@example(grid=(5, 4, 4), seconds=1.0, audio=20)  # sound that ends first, with an odd number of grids
+@example(grid=(3, 2, 2), seconds=5.0, audio=375)  # windows without a grid
+@example(grid=(1, 8, 6), seconds=1.0, audio=1)  # rows and columns reach further than time
+def test_positions_of_a_video_with_sound(family: str, grid: tuple[int, int, int], seconds: float, audio: int) -> None:
+    assert_stock_positions([VideoRun(grid, seconds, audio)], family, sound_in_video=True)
 
 
+@both_families
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.lists(st.builds(VideoRun, GRIDS, SECONDS, st.integers(1, 200)), min_size=2, max_size=3))
-def test_positions_of_several_videos_with_sound(runs: list[Run]) -> None:
-    assert_stock_positions(runs, sound_in_video=True)
+@given(runs=st.lists(st.builds(VideoRun, GRIDS, SECONDS, st.integers(1, 200)), min_size=2, max_size=3))
+def test_positions_of_several_videos_with_sound(family: str, runs: list[Run]) -> None:
+    assert_stock_positions(runs, family, sound_in_video=True)
 
 
+@both_families
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    st.lists(
+    runs=st.lists(
         st.one_of(
             st.builds(VideoRun, GRIDS, SECONDS),
             st.builds(AudioRun, st.integers(1, 200)),
@@ -85,12 +92,12 @@ def test_positions_of_several_videos_with_sound(runs: list[Run]) -> None:
         max_size=4,
     )
 )
-@example([])
-@example([AudioRun(120)])
-@example([VideoRun((4, 4, 4), 1.0), AudioRun(100)])
-@example([VideoRun((4, 4, 4), 1.0), VideoRun((2, 6, 4), 2.4)])
-def test_positions_of_silent_videos_images_and_audio_files(runs: list[Run]) -> None:
-    assert_stock_positions(runs, sound_in_video=False)
+@example(runs=[])
+@example(runs=[AudioRun(120)])
+@example(runs=[VideoRun((4, 4, 4), 1.0), AudioRun(100)])
+@example(runs=[VideoRun((4, 4, 4), 1.0), VideoRun((2, 6, 4), 2.4)])
+def test_positions_of_silent_videos_images_and_audio_files(family: str, runs: list[Run]) -> None:
+    assert_stock_positions(runs, family, sound_in_video=False)
 
 
 def test_positions_of_a_video_with_sound_and_an_audio_file() -> None:
@@ -107,23 +114,24 @@ def test_positions_of_a_video_with_sound_and_an_audio_file() -> None:
     )
 
 
-def stock_ids(runs: list[Run], fps: float) -> np.ndarray:
+def stock_ids(runs: list[Run], fps: float, family: str) -> np.ndarray:
     """Token ids by the stock processor, from real frames and waveforms of the wanted sizes."""
-    processor = stock_processor()
-    size = {"shortest_edge": 14 * 14, "longest_edge": 2**24}
+    processor = stock_processor(family)
+    patch = QWEN3_PATCH if family == QWEN3 else PATCH
+    size = {"shortest_edge": patch**2, "longest_edge": 2**24}
     videos, images, sounds, sources = [], [], [], []
     for run in runs:
         if isinstance(run, AudioRun):
-            sounds.append(np.zeros(mel_frames(run.tokens) * 160, dtype=np.float32))
+            sounds.append(np.zeros(mel_frames(run.tokens, family) * 160, dtype=np.float32))
             sources.append(None)
             continue
         frames = 2 * run.grid[0] if isinstance(run, VideoRun) else 1
-        picture = torch.zeros(frames, 3, 14 * run.grid[1], 14 * run.grid[2], dtype=torch.uint8)
+        picture = torch.zeros(frames, 3, patch * run.grid[1], patch * run.grid[2], dtype=torch.uint8)
         if isinstance(run, ImageRun):
             images.append(picture[0])
             continue
         if run.audio_tokens:
-            sounds.append(np.zeros(mel_frames(run.audio_tokens) * 160, dtype=np.float32))
+            sounds.append(np.zeros(mel_frames(run.audio_tokens, family) * 160, dtype=np.float32))
             sources.append(len(videos))
         videos.append(picture)
     text = processor.tokenizer.apply_chat_template(
@@ -139,6 +147,7 @@ def stock_ids(runs: list[Run], fps: float) -> np.ndarray:
     return output["input_ids"][0].numpy()
 
 
+@both_families
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside the stock processor
 @pytest.mark.parametrize("fps", [2.0, 1.0, 0.3])
 @pytest.mark.parametrize(
@@ -158,11 +167,11 @@ def stock_ids(runs: list[Run], fps: float) -> np.ndarray:
         lambda s: [AudioRun(30), VideoRun((2, 4, 4), s, 50)],
     ],
 )
-def test_tokens_equal_the_stock_processors(make: Callable[[float], list[Run]], fps: float) -> None:
+def test_tokens_equal_the_stock_processors(make: Callable[[float], list[Run]], fps: float, family: str) -> None:
     runs = make(2 / fps)
     if any(getattr(run, "audio_tokens", 0) for run in runs) and not hasattr(stock_processor(), "load_audio_from_video"):
         pytest.skip("this version of transformers cannot say which sound belongs to which video")
-    np.testing.assert_array_equal(sequence(runs).input_ids, stock_ids(runs, fps))
+    np.testing.assert_array_equal(sequence(runs, family).input_ids, stock_ids(runs, fps, family))
 
 
 def test_map_of_a_video_with_sound() -> None:
@@ -193,13 +202,37 @@ def test_map_of_a_video_with_sound() -> None:
     assert layout.segments("window", Modality.AUDIO).sizes.tolist() == [[50, 10, 5]]
 
 
+@both_families
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(GRIDS, SECONDS, st.integers(0, 300))
-def test_map_time_agrees_with_positions(grid: tuple[int, int, int], seconds: float, audio: int) -> None:
-    result = sequence([VideoRun(grid, seconds, audio)])
+@given(grid=GRIDS, seconds=SECONDS, audio=st.integers(0, 300))
+def test_map_time_agrees_with_positions(family: str, grid: tuple[int, int, int], seconds: float, audio: int) -> None:
+    result = sequence([VideoRun(grid, seconds, audio)], family)
     media = result.tokens.modality >= Modality.VIDEO
     temporal = result.position_ids[0][media]
-    np.testing.assert_array_equal(result.tokens.time[media], temporal - temporal[0])
+    np.testing.assert_array_equal(result.tokens.time[media], np.floor(temporal - temporal[0] + 1e-3))
+
+
+def test_qwen3_tokens_are_merged_one_by_one() -> None:
+    result = sequence([VideoRun((3, 4, 4), 0.9, 30)], QWEN3)
+    media = result.tokens.modality >= Modality.VIDEO
+    # Grids at 0, 11.7 and 23.4 ids: sound of 12, 12 and 6 tokens behind them.
+    video, audio = [Modality.VIDEO] * 4, Modality.AUDIO
+    expected = [*video, *[audio] * 12, *video, *[audio] * 12, *video, *[audio] * 6]
+    assert result.tokens.modality[media].tolist() == expected
+    assert result.position_ids.dtype == np.float32
+    start = result.position_ids[0][media][0]
+    assert sorted(set((result.position_ids[0] - start)[result.tokens.modality == Modality.VIDEO])) == pytest.approx(
+        [0, 11.7, 23.4], abs=1e-5
+    )
+    assert result.tokens.time[result.tokens.modality == Modality.VIDEO].tolist() == [0] * 4 + [11] * 4 + [23] * 4
+    layout = TokenLayout.stack([result.tokens], ids_per_window=rules(QWEN3).ids_per_chunk)
+    assert layout.segments("window", Modality.VIDEO).sizes.tolist() == [[12, 0]]
+    assert layout.segments("window", Modality.AUDIO).sizes.tolist() == [[26, 4]]
+
+
+@given(st.integers(0, 2000))
+def test_qwen3_audio_tokens_equal_the_stock_count(mel: int) -> None:
+    assert rules(QWEN3).audio_tokens(mel) == _get_feat_extract_output_lengths(mel)
 
 
 def test_labels_hold_the_answers_of_all_turns() -> None:

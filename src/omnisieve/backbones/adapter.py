@@ -1,21 +1,22 @@
 """Where things are in a stock model: the only code that knows module trees.
 
-Supported is Qwen2.5-Omni of transformers 5.17 to 5.24. Up to 5.20 the towers hang from the thinker and its `model` is
-the decoder; later `model` holds towers and decoder.
+Up to transformers 5.20 the towers hang from the thinker and its `model` is the decoder; later `model` holds towers and
+decoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration
 
+from omnisieve.backbones.deepstack import VISUAL, hand_over
+from omnisieve.backbones.families import FAMILIES, VERSIONS, Family, supported_classes
 from omnisieve.backbones.saliency import install_saliency
 from omnisieve.backbones.token_maps import token_maps
 from omnisieve.compressors.base import Need
@@ -34,12 +35,14 @@ class Adapter:
     """A stock model with its parts resolved.
 
     Attributes:
+        family: of the model.
         thinker: the module whose forward gives logits.
         decoder: the language model without its head.
         audio_tower, visual: the encoders.
         speaks: whether the thinker is part of a model that goes on to speech.
     """
 
+    family: Family
     thinker: Any
     decoder: Any
     audio_tower: Any
@@ -53,6 +56,11 @@ class Adapter:
     @property
     def layers(self) -> nn.ModuleList:
         return self.decoder.layers
+
+    @property
+    def deepstack_layers(self) -> nn.ModuleList:
+        """The first decoder layers, behind which visual features are added; none in most families."""
+        return self.layers[: len(getattr(self.thinker.config.vision_config, "deepstack_visual_indexes", ()))]
 
     @property
     def embeddings(self) -> nn.Module:
@@ -74,19 +82,15 @@ class Adapter:
         }
 
     def token_rules(self) -> TokenRules:
-        """How this model turns media into tokens."""
-        config = self.thinker.config
-        return TokenRules(
-            image_token_id=config.image_token_id,
-            video_token_id=config.video_token_id,
-            audio_token_id=config.audio_token_id,
-            audio_start_token_id=config.audio_start_token_id,
-            audio_end_token_id=config.audio_end_token_id,
-            spatial_merge_size=config.vision_config.spatial_merge_size,
-            temporal_patch_size=config.vision_config.temporal_patch_size,
-            ids_per_second=config.position_id_per_seconds,
-            seconds_per_chunk=config.seconds_per_chunk,
-        )
+        """How this model turns media into tokens.
+
+        Raises:
+            BackboneError: its config lacks a token id.
+        """
+        try:
+            return self.family.token_rules(self.thinker.config)
+        except AttributeError as error:
+            raise BackboneError(f"the model's config is not complete: {error}") from error
 
     @torch.no_grad()
     def encode(self, batch: Batch, needs: Sequence[Need] = ()) -> Features:
@@ -95,28 +99,31 @@ class Adapter:
         Args:
             batch: with pixels and mel spectrograms. Ready `features` are returned as they are.
             needs: encoder statistics to take in the same pass; they come back in `extra` under `feature_name`.
+                Deepstack features are there, too, where the model has them.
         """
         if batch.features is not None:
             return batch.features
         extra: dict[str, Tensor] = {}
         video = image = audio = None
         if batch.pixel_values is not None:
-            image = self._vision("image", batch.pixel_values, batch.image_grid_thw)
+            image = self._vision("image", batch.pixel_values, batch.image_grid_thw, extra)
         # Only now, because images have no statistics.
         with ExitStack() as hooks:
             install_saliency(
                 self.audio_tower, self.visual, needs, lambda n, v: extra.update({feature_name(n): v}), hooks
             )
             if batch.pixel_values_videos is not None:
-                video = self._vision("video", batch.pixel_values_videos, batch.video_grid_thw)
+                video = self._vision("video", batch.pixel_values_videos, batch.video_grid_thw, extra)
             if batch.input_features is not None:
                 audio = self.thinker.get_audio_features(
                     batch.input_features, batch.feature_attention_mask, return_dict=True
                 ).last_hidden_state
         return Features(video=video, audio=audio, image=image, extra=extra)
 
-    def _vision(self, kind: str, pixels: Tensor, grids: Tensor | None) -> Tensor:
+    def _vision(self, kind: str, pixels: Tensor, grids: Tensor | None, extra: dict[str, Tensor]) -> Tensor:
         features = getattr(self.thinker, f"get_{kind}_features")(pixels, grids, return_dict=True)
+        for place in range(len(self.deepstack_layers)):
+            extra[_deepstack_name(kind, place)] = torch.cat(list(features.deepstack_features[place]))
         return torch.cat(list(features.pooler_output))
 
     def merge(self, input_ids: Tensor, features: Features) -> Tensor:
@@ -134,6 +141,30 @@ class Adapter:
                 place = (input_ids == token_id).unsqueeze(-1)
                 embeds = embeds.masked_scatter(place, values.to(embeds.device, embeds.dtype))
         return embeds
+
+    def deepstack(self, features: Features, layout: TokenLayout) -> AbstractContextManager[None]:
+        """A context in which prompts of merged embeddings bring their deepstack features along.
+
+        Args:
+            features: what was merged.
+            layout: of the batch.
+
+        Raises:
+            BackboneError: the features were cached without those of deepstack.
+        """
+        if not self.deepstack_layers or not layout.counts(*VISUAL).any():
+            return nullcontext()
+        image, video = (self._deepstack(features, kind, layout) for kind in VISUAL)
+        return hand_over(self.decoder, image, video, layout)
+
+    def _deepstack(self, features: Features, modality: Modality, layout: TokenLayout) -> list[Tensor]:
+        """[N, D] for each deepstack layer; nothing where a batch has no such token."""
+        if not layout.counts(modality).any():
+            return []
+        names = [_deepstack_name(modality.name.lower(), place) for place in range(len(self.deepstack_layers))]
+        if missing := [name for name in names if name not in features.extra]:
+            raise BackboneError(f"the cached features hold no {missing}, which this model needs: cache them again")
+        return [features.extra[name] for name in names]
 
     def needs(self, features: Features, layout: TokenLayout, needs: Sequence[Need]) -> dict[Need, Tensor]:
         """Encoder statistics of `features` arranged to [B, S, ...]; zeros where a batch has no such token.
@@ -160,6 +191,7 @@ class Adapter:
         Args:
             input_ids: [B, S].
             position_ids: [3, B, S] rope ids, or [4, B, S] with the sequence's own first; may be None without media.
+                Fractions of ids (Qwen3-Omni) are cut off.
             attention_mask: [B, S], 0 in padding; None without padding.
 
         Raises:
@@ -168,7 +200,7 @@ class Adapter:
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
         rope = None if position_ids is None or position_ids.dim() < 3 else position_ids[-3:]
         parts = [input_ids[None], present[None]] + ([] if rope is None else [rope])
-        host = torch.cat(parts).cpu().numpy()
+        host = torch.cat(parts).cpu().numpy()  # float32 with fractional positions, which holds any id exactly
         ids, present_host = host[0], host[1] != 0
         positions = np.zeros((3, *ids.shape), dtype=np.int64) if rope is None else host[2:]
         modality = np.where(present_host, int(Modality.TEXT), int(Modality.PADDING))
@@ -194,6 +226,11 @@ class Adapter:
 def feature_name(need: Need) -> str:
     """Name of a statistic in `Features.extra`."""
     return f"{need.modality.name.lower()}/{need.kind}.{need.span}"
+
+
+def _deepstack_name(kind: str, place: int) -> str:
+    """Name of a layer's deepstack features in `Features.extra`."""
+    return f"{kind}/deepstack.{place}"
 
 
 def arrange(values: Tensor | None, need: Need, layout: TokenLayout) -> Tensor:
@@ -223,8 +260,8 @@ def adapter_for(model: nn.Module) -> Adapter:
     """Resolve a model's parts.
 
     Args:
-        model: a Qwen2.5-Omni thinker, the whole `Qwen2_5OmniForConditionalGeneration` (its thinker is meant), or
-            either of them wrapped by peft.
+        model: a thinker of Qwen2.5-Omni or Qwen3-Omni, the whole model (its thinker is meant), or either of them
+            wrapped by peft.
 
     Raises:
         BackboneError: another model.
@@ -232,14 +269,15 @@ def adapter_for(model: nn.Module) -> Adapter:
     base: Any = model
     if hasattr(base, "get_base_model"):  # peft
         base = base.get_base_model()
-    speaks = False
-    if isinstance(base, Qwen2_5OmniForConditionalGeneration):
-        base, speaks = base.thinker, bool(base.has_talker)
-    if not isinstance(base, Qwen2_5OmniThinkerForConditionalGeneration):
-        raise BackboneError(
-            f"{type(model).__name__} is not supported; supported are Qwen2_5OmniThinkerForConditionalGeneration and "
-            "Qwen2_5OmniForConditionalGeneration of transformers 5.17 to 5.24, also wrapped by peft"
-        )
-    inner = base.model
-    towers, decoder = (inner, inner.language_model) if hasattr(inner, "language_model") else (base, inner)
-    return Adapter(base, decoder, towers.audio_tower, towers.visual, speaks)
+    for family in FAMILIES:
+        speaks = False
+        if isinstance(base, family.whole):
+            base, speaks = base.thinker, bool(base.has_talker)
+        if isinstance(base, family.thinker):
+            inner = base.model
+            towers, decoder = (inner, inner.language_model) if hasattr(inner, "language_model") else (base, inner)
+            return Adapter(family, base, decoder, towers.audio_tower, towers.visual, speaks)
+    raise BackboneError(
+        f"{type(model).__name__} is not supported; supported are {supported_classes()} of {VERSIONS}, also wrapped by "
+        "peft"
+    )

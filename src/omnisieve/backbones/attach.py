@@ -23,9 +23,11 @@ from transformers import DynamicCache
 
 from omnisieve.backbones.adapter import Adapter, BackboneError, adapter_for, arrange
 from omnisieve.backbones.answers import answer_rows, take_rows
+from omnisieve.backbones.deepstack import VISUAL, install_deepstack, is_given, take_over
 from omnisieve.backbones.estimator import Estimator
 from omnisieve.backbones.gated_attention import GatedAttentionSwitch, gated_attention_switch
 from omnisieve.backbones.inner import STATE, DecodeStep, HeldPrompt, InnerRun, Kept, before_layer, inner_run
+from omnisieve.backbones.router_mask import RouterMask, asked_for_router_logits
 from omnisieve.backbones.saliency import install_saliency
 from omnisieve.compressors.base import Compressor, Need
 from omnisieve.compressors.inner import InnerCompressor
@@ -91,6 +93,7 @@ class Attachment:
         self.targets: Tensor | None = None
         self._last_run: InnerRun | None = None
         self._flow = _Flow()
+        self._router_mask = RouterMask()
         self._switch = switch
         self._paused = False
 
@@ -162,6 +165,8 @@ class Attachment:
         hooks.callback(adapter.lm_head.register_forward_pre_hook(self._on_head).remove)
         for number, layer in enumerate(adapter.layers):
             hooks.callback(layer.register_forward_pre_hook(partial(before_layer, number), with_kwargs=True).remove)
+        install_deepstack(adapter.deepstack_layers, hooks)
+        self._router_mask.install(adapter.thinker, hooks)
         install_saliency(adapter.audio_tower, adapter.visual, self.compressor.needs, self._on_saliency, hooks)
 
     def _on_embedding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -286,15 +291,12 @@ class Attachment:
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Replace the decoder's arguments; returns the compressed labels."""
-        if self.adapter.speaks and kwargs.get("output_hidden_states"):
-            raise BackboneError("speech needs the states of all tokens: generate with generation_mode='text'")
-        if kwargs.get("position_ids") is None and layout.counts(*MEDIA).any():
-            raise BackboneError(
-                "give position_ids [3, B, S] beside inputs_embeds: the model would count kept tokens anew"
-            )
+        _check_arguments(self.adapter, run, layout, kwargs)
         cache = self._cache(plan, cache, kwargs)
         side = _padding_side(layout, cached=cache is not None)
         compressed = plan.apply(embeds, position_ids=kwargs.get("position_ids"), labels=labels, padding_side=side)
+        take_over(kwargs, compressed.index, compressed.attention_mask)
+        self._router_mask.follow(compressed.attention_mask)
         kept = Kept.entering(compressed)
         prompt = HeldPrompt([kept] * len(self.adapter.layers))
         if cache is not None:
@@ -370,6 +372,24 @@ def attach(model: nn.Module, compressor: Compressor, estimator: Estimator | None
         hooks.callback(_attached.discard, adapter.decoder)
         attachment._install(hooks)
         yield attachment
+
+
+def _check_arguments(adapter: Adapter, run: InnerRun | None, layout: TokenLayout, kwargs: dict[str, Any]) -> None:
+    """Refuse what the decoder cannot do with fewer tokens."""
+    if adapter.speaks and kwargs.get("output_hidden_states"):
+        raise BackboneError("speech needs the states of all tokens: generate with generation_mode='text'")
+    if kwargs.get("position_ids") is None and layout.counts(*MEDIA).any():
+        raise BackboneError("give position_ids [3, B, S] beside inputs_embeds: the model would count kept tokens anew")
+    if adapter.deepstack_layers and not is_given(kwargs) and layout.counts(*VISUAL).any():
+        raise BackboneError(
+            "this model also adds visual features behind its first layers: when you give inputs_embeds, call it inside "
+            "`with adapter.deepstack(features, layout)`"
+        )
+    if run is not None and asked_for_router_logits(kwargs):
+        raise BackboneError(
+            "output_router_logits: the stock load-balancing loss wants the same tokens in all layers, and "
+            "this compressor drops some inside the LLM"
+        )
 
 
 def _padding_side(layout: TokenLayout, *, cached: bool) -> PaddingSide:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from omnisieve.backbones.answers import IGNORED
+from omnisieve.backbones.deepstack import select
 from omnisieve.backbones.layer_attention import Rope, attention_of_rows, take_rope, take_states
 from omnisieve.compressors.base import Compressor
 from omnisieve.compressors.inner import InnerCompressor, Rows, ScoreAt
@@ -181,6 +182,7 @@ class InnerRun:
         self._score(layer, states, kept, rope, cut_here=False)
         if kept is not self._kept[0]:
             kwargs.update(self._arguments_for(kept, states, rope, kwargs["position_ids"]))
+            select(kwargs, layer, kept.entry)
         return states
 
     def remaining(self, labels: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import PretrainedConfig
 
 from omnisieve.backbones.adapter import BackboneError
+from omnisieve.backbones.families import FAMILIES
 
 Precision = Literal["float32", "bfloat16"]
-MODEL_TYPES = ("qwen2_5_omni_thinker", "qwen2_5_omni")
 
 
 def load_backbone(
@@ -19,11 +19,11 @@ def load_backbone(
     dtype: Precision = "float32",
     attn_implementation: str = "sdpa",
     device: str | torch.device | None = None,
-) -> Qwen2_5OmniThinkerForConditionalGeneration:
+) -> Any:
     """The stock thinker, frozen and in eval mode.
 
     Args:
-        path: folder or hub name of a thinker, or of a whole Qwen2.5-Omni, of which only the thinker is loaded.
+        path: folder or hub name of a thinker, or of a whole model, of which only the thinker is loaded.
         dtype: of the weights. The rotary frequencies stay float32, which casting a loaded model would not do.
         attn_implementation: "sdpa", "eager" or "flash_attention_2".
         device: where to; the CPU when None.
@@ -39,10 +39,11 @@ def load_backbone(
         raise BackboneError(
             f"{path} is neither a folder with a config.json nor a model that the hub, or its local cache, has: {error}"
         ) from error
-    if model_type not in MODEL_TYPES:
-        raise BackboneError(f"{path} is a {model_type!r}; supported are {', '.join(MODEL_TYPES)}")
+    families = {name: family for family in FAMILIES for name in family.model_types}
+    if model_type not in families:
+        raise BackboneError(f"{path} is a {model_type!r}; supported are {', '.join(families)}")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(str(path), **options)
+    model: Any = families[model_type].thinker.from_pretrained(str(path), **options)
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)

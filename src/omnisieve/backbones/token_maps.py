@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from omnisieve.data.tokens import whole_ids
 from omnisieve.layout import Modality, TokenMap
 
 
@@ -30,9 +31,9 @@ def _sample(modality: np.ndarray, positions: np.ndarray) -> TokenMap:
     starts = np.flatnonzero(media & ~np.pad(media, (1, 0))[:-1])
     owner = np.searchsorted(starts, np.arange(len(media)), side="right") - 1
     stream = np.where(media, owner, -1)
-    origin = np.zeros(len(media), dtype=np.int64)
+    origin = np.zeros(len(media), dtype=positions.dtype)
     origin[media] = positions[0, starts][stream[media]]
-    time, row, column = positions - origin
+    time, row, column = whole_ids(positions - origin)
 
     # The vision item of a stream comes before its audio item.
     item = np.full(len(media), -1, dtype=np.int64)
