@@ -7,8 +7,10 @@ from omnisieve.compressors import (  # noqa: F401  registers the methods
     omnisift,
     omnizip,
     random,
+    seats,
     stvp,
     visionzip,
+    windivprune,
 )
 from omnisieve.compressors.base import (
     Budget,
