@@ -96,7 +96,7 @@ def _media_items(question: Sample) -> int:
 
 def generate(adapter: Adapter, prompt: Prompt, max_new_tokens: int) -> Tensor:
     """New token ids [B, <= max_new_tokens], greedily; rows that end early are filled with the padding id."""
-    with _last_logits_only(adapter):
+    with _last_logits_only(adapter), adapter.deepstack(prompt.features, prompt.batch.layout):
         written = adapter.thinker.generate(**_inputs(prompt), max_new_tokens=max_new_tokens, **_GREEDY)
     return written[:, prompt.batch.input_ids.shape[1] :]
 
@@ -104,7 +104,7 @@ def generate(adapter: Adapter, prompt: Prompt, max_new_tokens: int) -> Tensor:
 def next_token_logits(adapter: Adapter, prompt: Prompt) -> Tensor:
     """Logits [B, V] of the first token of each answer."""
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-    with _last_logits_only(adapter):
+    with _last_logits_only(adapter), adapter.deepstack(prompt.features, prompt.batch.layout):
         return adapter.thinker.generate(**_inputs(prompt), **options, **_GREEDY).logits[0]
 
 

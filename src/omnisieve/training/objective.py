@@ -56,7 +56,10 @@ class TrainingModule(nn.Module):
         self._checkpointing = gradient_checkpointing
         self._attachment: Attachment | None = None
         if gradient_checkpointing:
-            self._adapter.thinker.gradient_checkpointing_enable({"use_reentrant": False})
+            thinker = self._adapter.thinker
+            # Its name in later versions of transformers, then that in earlier ones.
+            enable = getattr(thinker, "activation_checkpointing_enable", None) or thinker.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -128,12 +131,13 @@ class TrainingModule(nn.Module):
             labels=batch.labels,
             answer_tokens=sum(batch.answer_tokens),
         )
-        output = self.backbone(
-            inputs_embeds=self._adapter.merge(batch.input_ids, features),
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        with self._adapter.deepstack(features, batch.layout):
+            output = self.backbone(
+                inputs_embeds=self._adapter.merge(batch.input_ids, features),
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
         return output.logits.float()
 
     @torch.no_grad()
