@@ -131,6 +131,23 @@ def test_scatter_undoes_gather(samples: list[LayoutSpec], side: str) -> None:
 
 @given(batches, sides)
 @many
+def test_places_count_an_items_segments(samples: list[LayoutSpec], side: str) -> None:
+    layout = make_layout(*samples, padding_side=side)
+    for modality, kind in ((Modality.VIDEO, "frame"), (Modality.VIDEO, "window"), (Modality.AUDIO, "window")):
+        segments = layout.segments(kind, modality)
+        places = layout.places(segments)
+        for b, g in zip(*np.nonzero(segments.sizes), strict=True):
+            first = segments.index[b, g][segments.valid[b, g]][0]
+            assert segments.first[b, g] == first
+            if kind == "frame":
+                assert places[b, g] == layout.frame[b, first]
+            else:
+                own = (layout.modality[b] == modality) & (layout.item[b] == layout.item[b, first])
+                assert places[b, g] == g - layout.window[b, own].min()
+
+
+@given(batches, sides)
+@many
 def test_the_previous_token_sits_one_frame_earlier_at_the_same_place(samples: list[LayoutSpec], side: str) -> None:
     layout = make_layout(*samples, padding_side=side)
     place = {}

@@ -67,12 +67,14 @@ class Segments:
         index: [B, G, L] long, token positions in sequence order; 0 where `valid` is False.
         valid: [B, G, L] bool.
         sizes: [B, G] int64 on the host, tokens per segment; 0 for segments that a sample does not have.
+        first: [B, G] int64 on the host, position of the first token; 0 for segments without any.
         length: S, the sequence length the positions refer to.
     """
 
     index: Tensor
     valid: Tensor
     sizes: np.ndarray
+    first: np.ndarray
     length: int
 
     def gather(self, values: Tensor) -> Tensor:
@@ -191,8 +193,7 @@ class TokenLayout:
         if key not in self._uploads:
             owner = _segment_ids(self, kind, modality, size)
             groups = int(self.window.max()) + 1 if kind == "window" else int(owner.max()) + 1
-            index, valid, sizes = _pack(owner, max(groups, 1))
-            self._uploads[key] = Segments(self._to_device(index), self._to_device(valid), sizes, self.length)
+            self._uploads[key] = self._segments(*_pack(owner, max(groups, 1)))
         return self._uploads[key]
 
     def cut(self, owner: np.ndarray, groups: int) -> Segments:
@@ -202,8 +203,21 @@ class TokenLayout:
             owner: [B, S] on the host, segment of each token, below `groups`; -1 for none.
             groups: G.
         """
-        index, valid, sizes = _pack(owner, groups)
-        return Segments(self._to_device(index), self._to_device(valid), sizes, self.length)
+        return self._segments(*_pack(owner, groups))
+
+    def places(self, segments: Segments) -> np.ndarray:
+        """Number of each segment within its media item, [B, G] int64 on the host.
+
+        Counting begins where an item has its first tokens; a segment without tokens counts to the item before it.
+
+        Args:
+            segments: cuts that do not mix items.
+        """
+        own = self.item[np.arange(self.batch_size)[:, None], segments.first]
+        item = np.maximum.accumulate(np.where(segments.sizes > 0, own, -1), axis=1)
+        number = np.broadcast_to(np.arange(item.shape[1]), item.shape)
+        starts = np.diff(item, axis=1, prepend=-1) != 0
+        return number - np.maximum.accumulate(np.where(starts, number, 0), axis=1)
 
     def canvas(self) -> tuple[Segments, int, int]:
         """Video frames laid out as images for convolutions.
@@ -217,10 +231,13 @@ class TokenLayout:
             owner = _segment_ids(self, "frame", Modality.VIDEO, None)
             height, width = (int(m[owner >= 0].max(initial=0)) + 1 for m in (self.row, self.column))
             cell = self.row * width + self.column
-            index, valid, sizes = _pack(owner, max(int(owner.max()) + 1, 1), cell, height * width)
-            segments = Segments(self._to_device(index), self._to_device(valid), sizes, self.length)
-            self._uploads[key] = (segments, height, width)
+            packed = _pack(owner, max(int(owner.max()) + 1, 1), cell, height * width)
+            self._uploads[key] = (self._segments(*packed), height, width)
         return self._uploads[key]
+
+    def _segments(self, index: np.ndarray, valid: np.ndarray, sizes: np.ndarray) -> Segments:
+        first = np.take_along_axis(index, valid.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+        return Segments(self._to_device(index), self._to_device(valid), sizes, first, self.length)
 
     def _upload(self, key: tuple, build: Callable[[], np.ndarray]) -> Tensor:
         if key not in self._uploads:

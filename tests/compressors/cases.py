@@ -30,7 +30,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "stvp": [{"audio_novelty": 0.3}],
 }
 PUBLISHED: list[tuple[str, dict[str, Any]]] = [
+    ("divprune", {}),
     ("divprune_om", {}),
+    ("dycoke", {}),
+    ("dycoke_va", {}),
     ("omnisift", VARIANTS["omnisift"][1]),
     ("omnizip", {}),
     ("omnizip", {"variant": "units"}),
@@ -58,6 +61,53 @@ LAYOUTS = {
     "one_short_window": LayoutSpec(windows=1, grids_per_window=1, rows=2, columns=2, audio_per_window=3),
     "text_only": LayoutSpec(video=False, audio=False),
 }
+
+# Ratios that every method is tried at; methods that cannot go so low on most samples have their own.
+RATIOS: dict[str, dict[str, float]] = {
+    "easy": {"retained_ratio": 0.25},
+    "hard": {"retained_ratio": 0.1},
+    "pair": {"video_ratio": 0.15, "audio_ratio": 0.6},
+    "published": {"retained_ratio": 0.4},
+}
+INTACT = {"easy": {"retained_ratio": 0.6}, "hard": {"retained_ratio": 0.3}, "published": {"retained_ratio": 0.7}}
+OWN_RATIOS: dict[str, dict[str, dict[str, float]]] = {
+    "divprune": INTACT,
+    "dycoke": {
+        "easy": {"retained_ratio": 0.7},
+        "hard": {"retained_ratio": 0.5},
+        "pair": {"video_ratio": 0.4, "audio_ratio": 0.6},
+        "published": {"retained_ratio": 0.7},
+    },
+    "dycoke_va": {
+        "easy": {"retained_ratio": 0.6},
+        "hard": {"retained_ratio": 0.4},
+        "pair": {"video_ratio": 0.4, "audio_ratio": 0.6},
+    },
+}
+# Samples that a method cannot bring so low: those of much audio where audio stays whole, and those that end early in
+# a group of four frames where the first frame does.
+OUT_OF_REACH: dict[tuple[str, str], tuple[str, ...]] = {
+    ("divprune", "easy"): ("audio_only", "long_audio"),
+    ("divprune", "hard"): ("audio_only", "long_audio", "capped_frame_rate", "one_short_window"),
+    ("divprune", "published"): ("audio_only", "long_audio"),
+    ("dycoke", "easy"): ("audio_only", "long_audio", "one_short_window"),
+    ("dycoke", "hard"): ("audio_only", "long_audio", "one_short_window", "capped_frame_rate", "odd_grids"),
+    ("dycoke", "pair"): ("one_short_window",),
+    ("dycoke", "published"): ("audio_only", "long_audio"),
+    ("dycoke_va", "easy"): ("one_short_window",),
+    ("dycoke_va", "hard"): ("one_short_window", "two_videos", "two_sizes"),
+    ("dycoke_va", "pair"): ("one_short_window",),
+}
+
+
+def ratios_of(case: tuple[str, dict[str, Any]], name: str) -> dict[str, float]:
+    """The ratios that a method is tried at."""
+    return OWN_RATIOS.get(case[0], {}).get(name, RATIOS[name])
+
+
+def in_reach(case: tuple[str, dict[str, Any]], ratio: str) -> tuple[str, ...]:
+    """Names of the samples that a method can bring to a ratio."""
+    return tuple(name for name in LAYOUTS if name not in OUT_OF_REACH.get((case[0], ratio), ()))
 
 
 def label(case: tuple[str, dict[str, Any]]) -> str:

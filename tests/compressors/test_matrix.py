@@ -10,20 +10,25 @@ import numpy as np
 import pytest
 import torch
 
+from omnisieve.compressors import UnreachableRatioError
 from omnisieve.layout import Modality
 from omnisieve.plan import Plan
-from tests.compressors.cases import LAYOUTS, METHODS, PUBLISHED, Batch, build, label, plan_of
-
-RATIOS: dict[str, dict[str, float]] = {
-    "easy": {"retained_ratio": 0.25},
-    "hard": {"retained_ratio": 0.1},
-    "pair": {"video_ratio": 0.15, "audio_ratio": 0.6},
-}
-SHUFFLED = tuple(np.random.default_rng(0).permutation(list(LAYOUTS)))
+from tests.compressors.cases import (
+    LAYOUTS,
+    METHODS,
+    OUT_OF_REACH,
+    PUBLISHED,
+    Batch,
+    build,
+    in_reach,
+    label,
+    plan_of,
+    ratios_of,
+)
 
 methods = pytest.mark.parametrize("method", METHODS, ids=label)
 published = pytest.mark.parametrize("method", PUBLISHED, ids=label)
-ratios = pytest.mark.parametrize("ratio", RATIOS)
+ratios = pytest.mark.parametrize("ratio", ["easy", "hard", "pair"])
 
 
 @cache
@@ -56,14 +61,15 @@ def check_plan(plan: Plan, batch: Batch) -> None:
 @ratios
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_the_budget_is_met_exactly(method: tuple[str, dict[str, Any]], ratio: str, padding_side: str) -> None:
-    compressor, batch = build(method, **RATIOS[ratio]), batch_of(*LAYOUTS, padding_side=padding_side)
+    compressor = build(method, **ratios_of(method, ratio))
+    batch = batch_of(*in_reach(method, ratio), padding_side=padding_side)
     plan, budget = plan_of(compressor, batch), compressor.budget(batch.layout)
     measured = plan.measured(batch.layout)
     assert budget.exact
     np.testing.assert_array_equal(measured["video"], budget.video)
     np.testing.assert_array_equal(measured["audio"], budget.audio)
     np.testing.assert_array_equal(plan.keep.sum(dim=1), plan.kept)
-    wanted = {"retained_ratio": 1.0} if method[0] == "full" else RATIOS[ratio]
+    wanted = {"retained_ratio": 1.0} if method[0] == "full" else ratios_of(method, ratio)
     for row, total in enumerate(budget.total):
         video, audio = (int(batch.layout.counts(m)[row]) for m in (Modality.VIDEO, Modality.AUDIO))
         parts = 1 if "retained_ratio" in wanted else 2
@@ -74,13 +80,26 @@ def test_the_budget_is_met_exactly(method: tuple[str, dict[str, Any]], ratio: st
 @methods
 @ratios
 def test_a_sample_is_treated_alike_alone_and_in_a_batch(method: tuple[str, dict[str, Any]], ratio: str) -> None:
-    compressor = build(method, **RATIOS[ratio])
-    assert_invariant(compressor)
+    assert_invariant(build(method, **ratios_of(method, ratio)), in_reach(method, ratio))
+
+
+@pytest.mark.parametrize(("method", "ratio"), OUT_OF_REACH, ids="-".join)
+def test_what_cannot_be_reached_is_refused(method: str, ratio: str) -> None:
+    """By name of the reachable range, and by every sample alone: the batch is no excuse."""
+    case = (method, {})
+    compressor = build(case, **ratios_of(case, ratio))
+    for name in OUT_OF_REACH[method, ratio]:
+        batch = batch_of(name)
+        with pytest.raises(UnreachableRatioError, match=rf"{method}: sample 0 .* reachable are"):
+            plan_of(compressor, batch)
+        with pytest.raises(UnreachableRatioError):
+            compressor.budget(batch.layout)
 
 
 @published
 def test_published_rounding_keeps_at_most_its_bound(method: tuple[str, dict[str, Any]]) -> None:
-    compressor, batch = build(method, retained_ratio=0.4, rounding="official"), batch_of(*LAYOUTS)
+    compressor = build(method, **ratios_of(method, "published"), rounding="official")
+    batch = batch_of(*in_reach(method, "published"))
     plan, budget = plan_of(compressor, batch), compressor.budget(batch.layout)
     measured = plan.measured(batch.layout)
     compare = np.testing.assert_array_equal if budget.exact else np.testing.assert_array_less
@@ -88,17 +107,18 @@ def test_published_rounding_keeps_at_most_its_bound(method: tuple[str, dict[str,
     for name in ("video", "audio"):
         compare(measured[name], getattr(budget, name) + slack)
     check_plan(plan, batch)
-    assert_invariant(compressor)
+    assert_invariant(compressor, in_reach(method, "published"))
 
 
-def assert_invariant(compressor: torch.nn.Module) -> None:
+def assert_invariant(compressor: torch.nn.Module, samples: tuple[str, ...]) -> None:
     """Alone, in a batch, in another order and padded on the other side: the same tokens, equally merged."""
-    batches = [batch_of(*LAYOUTS), batch_of(*SHUFFLED, padding_side="left")]
+    shuffled = tuple(np.random.default_rng(0).permutation(samples))
+    batches = [batch_of(*samples), batch_of(*shuffled, padding_side="left")]
     outcomes = [(plan.keep, merged(plan, batch)) for batch in batches for plan in [plan_of(compressor, batch)]]
-    for name in LAYOUTS:
+    for name in samples:
         alone = batch_of(name)
         plan = plan_of(compressor, alone)
-        for names, batch, (keep, embeds) in zip((tuple(LAYOUTS), SHUFFLED), batches, outcomes, strict=True):
+        for names, batch, (keep, embeds) in zip((samples, shuffled), batches, outcomes, strict=True):
             row = names.index(name)
             assert torch.equal(batch.sample(row, keep), plan.keep[0]), name
             torch.testing.assert_close(batch.sample(row, embeds), merged(plan, alone)[0], rtol=1e-5, atol=1e-5)
@@ -121,18 +141,19 @@ def test_ratio_one_keeps_everything(method: tuple[str, dict[str, Any]]) -> None:
 @methods
 def test_planning_reads_nothing_back(method: tuple[str, dict[str, Any]]) -> None:
     """Tensors on `meta` have no values: whoever asks for one, or for a shape that depends on one, is found out."""
-    compressor, batch = copy.deepcopy(build(method, retained_ratio=0.25)).to("meta"), batch_of(*LAYOUTS)
+    compressor, batch = build(method, **ratios_of(method, "easy")), batch_of(*in_reach(method, "easy"))
     needs = {need: value.to("meta") for need, value in batch.needs(compressor).items()}
     with torch.no_grad():
-        plan = compressor.plan(batch.embeds.to("meta"), batch.layout.to("meta"), needs)
-    np.testing.assert_array_equal(plan.kept, plan_of(build(method, retained_ratio=0.25), batch).kept)
+        plan = copy.deepcopy(compressor).to("meta").plan(batch.embeds.to("meta"), batch.layout.to("meta"), needs)
+    np.testing.assert_array_equal(plan.kept, plan_of(compressor, batch).kept)
     applied = plan.apply(batch.embeds.to("meta"))
-    assert applied.embeds.shape == (len(LAYOUTS), plan.kept.max(), batch.embeds.shape[-1])
+    assert applied.embeds.shape == (len(plan.kept), plan.kept.max(), batch.embeds.shape[-1])
 
 
 @published
 def test_published_rounding_reads_nothing_back(method: tuple[str, dict[str, Any]]) -> None:
-    compressor, batch = build(method, retained_ratio=0.4, rounding="official").to("meta"), batch_of(*LAYOUTS)
+    compressor = build(method, **ratios_of(method, "published"), rounding="official").to("meta")
+    batch = batch_of(*in_reach(method, "published"))
     needs = {need: value.to("meta") for need, value in batch.needs(compressor).items()}
     with torch.no_grad():
         assert compressor.plan(batch.embeds.to("meta"), batch.layout.to("meta"), needs).keep.is_meta
@@ -156,5 +177,5 @@ def test_meta_finds_readers_out(reader: str) -> None:
 @methods
 def test_plans_repeat(method: tuple[str, dict[str, Any]]) -> None:
     """The same input twice gives the same plan; methods keep no state."""
-    compressor, batch = build(method, retained_ratio=0.25), batch_of(*LAYOUTS)
+    compressor, batch = build(method, **ratios_of(method, "easy")), batch_of(*in_reach(method, "easy"))
     assert torch.equal(plan_of(compressor, batch).keep, plan_of(compressor, batch).keep)

@@ -189,10 +189,11 @@ def check_omnizip_frames(v: Vectors) -> None:
 @checks("divprune_")
 def check_divprune(v: Vectors) -> None:
     features, ratio = v.given("features"), v.given("ratio")
-    compressor = build_compressor("divprune_om", rounding="official", video_ratio=ratio, audio_ratio=1.0)
     layout = video_layout(1, len(features))
-    keep = compressor.plan(features[None], layout).keep[0]
-    v.equal("selected_sorted", keep.nonzero()[:, 0])
+    for name in ("divprune", "divprune_om"):
+        compressor = build_compressor(name, rounding="official", video_ratio=ratio, audio_ratio=1.0)
+        keep = compressor.plan(features[None], layout).keep[0]
+        v.equal("selected_sorted", keep.nonzero()[:, 0])
     picks = maxmin_order(features, torch.ones(len(features), dtype=torch.bool), int(compressor.budget(layout).video[0]))
     v.equal("selected_in_order", picks)
     v.equal("stable_fp64", 1)

@@ -2,6 +2,7 @@
 
 from omnisieve.compressors import (  # noqa: F401  registers the methods
     divprune,
+    dycoke,
     fastv,
     full,
     omnisift,

@@ -1,8 +1,9 @@
-"""DivPrune-om: the most diverse tokens of each frame and of each 2 s of audio.
+"""DivPrune: the most diverse tokens of each frame and of each 2 s of audio.
 
 Greedy max-min selection in cosine distance (DivPrune, arXiv 2503.02175), in the omni-modal adaptation that SEATS
 describes: video per temporal grid, audio per window, on embeddings after the projectors. The published code selects
 one picture at a time and may pick a duplicate twice; ours handles all segments together and never does.
+`divprune_om` prunes both modalities; `divprune` leaves audio whole unless `audio_ratio` says otherwise.
 `rounding="official"` keeps round(ratio * n) of a segment.
 """
 
@@ -24,7 +25,7 @@ from omnisieve.plan import Plan
 
 @register("divprune_om")
 class DivPruneOm(Compressor):
-    """See the module's docstring."""
+    """Both modalities. See the module's docstring."""
 
     segment_kinds: ClassVar[Mapping[Modality, SegmentKind]] = {Modality.VIDEO: "frame", Modality.AUDIO: "window"}
 
@@ -35,10 +36,17 @@ class DivPruneOm(Compressor):
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """round(ratio * n), halves to even."""
-        return round_count(sizes * self.ratio_of(modality))
+        return round_count(sizes * self.shares_of(modality, layout))
 
     def _diverse(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Tensor:
         segments, counts = self.segments_of(modality, layout), self.counts_of(modality, layout)
         wanted = torch.from_numpy(counts).to(embeds.device, non_blocking=True)
         chosen = maxmin_mask(segments.gather(embeds), segments.valid, wanted, int(counts.max()))
         return segments.scatter(chosen, False)
+
+
+@register("divprune")
+class DivPrune(DivPruneOm):
+    """Video only. See the module's docstring."""
+
+    audio_intact = True
