@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
+from omnisieve.backbones import adapter_for
 from omnisieve.data.synthetic import draw_questions, make_clip
 from omnisieve.data.synthetic.questions import answer_words
 
@@ -48,7 +49,7 @@ def record(model: Qwen2_5OmniThinkerForConditionalGeneration, inputs: tuple[torc
 
 def test_it_is_small_and_its_ids_agree_with_the_tokenizer(processor, model) -> None:
     assert (BACKBONE / "model.safetensors").stat().st_size < 8e6
-    assert len(model.model.language_model.layers) >= 8
+    assert len(adapter_for(model).layers) >= 8
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     config, tokenizer = model.config, processor.tokenizer
     pairs = {

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2VLVideoProcessor, WhisperFeatureExtractor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen
 
+from omnisieve.backbones import adapter_for
 from omnisieve.data.synthetic import Clip, draw_frames, make_waveform, write_mp4
 
 GRID_THW = (12, 12, 12)
@@ -129,8 +130,9 @@ def tower_features(model: Any, patches: Tensor, mels: Tensor) -> tuple[Tensor, T
     """
     batch = len(patches)
     grid = torch.tensor([GRID_THW] * batch)
-    video = model.model.visual(patches.flatten(0, 1).float(), grid_thw=grid).pooler_output
+    adapter = adapter_for(model)
+    video = adapter.visual(patches.flatten(0, 1).float(), grid_thw=grid).pooler_output
     lengths = torch.full((batch,), MEL_FRAMES)
     mel = mels.float().transpose(0, 1).flatten(1)
-    audio = model.model.audio_tower(mel, feature_lens=lengths).last_hidden_state
+    audio = adapter.audio_tower(mel, feature_lens=lengths).last_hidden_state
     return video.unflatten(0, (batch, -1)), audio.unflatten(0, (batch, -1))

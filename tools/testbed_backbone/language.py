@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omnisieve.backbones import adapter_for
 from omnisieve.data.synthetic.questions import AUDITORY, CROSS, VISUAL, VOCABULARY
 from omnisieve.data.synthetic.world import NUMBERS
 from testbed_backbone.model import HIDDEN
@@ -114,7 +115,7 @@ def run_decoder(model: Any, features: Tensor, batch: Batch) -> Tensor:
         features: kept media features [B, K, D], in sequence order.
         batch: the packed batch.
     """
-    decoder = model.model.language_model
+    decoder = adapter_for(model).decoder
     head = decoder.embed_tokens(batch.head).expand(len(features), -1, -1)
     embeds = torch.cat([head, features, decoder.embed_tokens(batch.text)], 1)
     return decoder(
@@ -191,7 +192,7 @@ def train_language_model(
     depths: tuple[int, int],
 ) -> None:
     """Train decoder, embeddings and `lm_head` for one phase; `depths` says after which layers the heads read."""
-    decoder = model.model.language_model
+    decoder = adapter_for(model).decoder
     parameters = [*decoder.parameters(), *model.lm_head.parameters(), *heads.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},

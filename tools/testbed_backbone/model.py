@@ -15,6 +15,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from omnisieve.backbones import adapter_for
 from omnisieve.data.synthetic.questions import WORDINGS, answer_words
 
 HIDDEN = 128
@@ -157,11 +158,12 @@ def build_model(
         if parameter.ndim >= 2 and "embed_tokens" not in name:
             fan_in = parameter[0].numel()
             nn.init.normal_(parameter, std=fan_in**-0.5)
-    for layer in model.model.language_model.layers:
+    decoder_layers = adapter_for(model).layers
+    for layer in decoder_layers:
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.data.mul_((2 * layers) ** -0.5)
     rotation = question_rotation(seed)
-    for layer in model.model.language_model.layers[: layers // 2 + 1]:
+    for layer in decoder_layers[: layers // 2 + 1]:
         _match_content(layer.self_attn, rotation)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -209,7 +211,7 @@ def embed_words(
     """Start answer words at the concept vectors that the towers are taught, question words at their rotation."""
     generator = torch.Generator().manual_seed(seed)
     rotation = question_rotation(seed)
-    embedding = model.model.language_model.embed_tokens.weight.data
+    embedding = adapter_for(model).embeddings.weight.data
     embedding.copy_(torch.randn(embedding.shape, generator=generator))
     model.lm_head.weight.data.copy_(embedding / HIDDEN**0.5)
     for word in answer_words():

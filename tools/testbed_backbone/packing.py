@@ -113,7 +113,7 @@ class Packer:
         video, audio = ids("<|VIDEO|>"), ids("<|AUDIO|>")
         media = [audio[0] if heard else video[0] for heard in IS_AUDIO]
         prefix = torch.tensor([self.head + media + self.tail])
-        positions, _ = model.model.get_rope_index(
+        positions, _ = model.get_rope_index(
             prefix,
             video_grid_thw=torch.tensor([GRID_THW]),
             attention_mask=torch.ones_like(prefix),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omnisieve.backbones import adapter_for
 from testbed_backbone.features import batched_segments, tower_features
 from testbed_backbone.targets import HEADS, audio_targets, dense_picture, dense_sound, video_targets
 
@@ -56,7 +57,8 @@ def train_towers(
     log: Callable[..., None],
 ) -> None:
     """Train both towers on dense clips (patches, mel, targets and labels of each in `data`)."""
-    parameters = [*model.model.visual.parameters(), *model.model.audio_tower.parameters()]
+    adapter = adapter_for(model)
+    parameters = [*adapter.visual.parameters(), *adapter.audio_tower.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(1)
@@ -89,8 +91,9 @@ def soften(model: Any, concepts: dict[str, Tensor]) -> None:
     Cross-entropy drives them apart far beyond their share of the target vectors. What questions ask about would then
     be the most isolated tokens of a clip, and selection by mere diversity or dissimilarity would find it.
     """
+    adapter = adapter_for(model)
     for name, mix in SOFTEN.items():
-        last = model.model.audio_tower.proj if name == "call sound" else model.model.visual.merger.mlp[-1]
+        last = adapter.audio_tower.proj if name == "call sound" else adapter.visual.merger.mlp[-1]
         direction = concepts[name] / concepts[name].norm()
         change = sum(weight * concepts[n] / concepts[n].norm() for n, weight in mix.items()) - direction
         last.weight += change[:, None] * (direction @ last.weight)[None]
