@@ -30,10 +30,26 @@ class Step:
 
 
 class Reference:
-    """A stock decoder run by hand on one sample."""
+    """A stock decoder run by hand on one sample.
 
-    def __init__(self, decoder: nn.Module, steps: Sequence[Step], media: set[int], prune_all: bool) -> None:
-        self.decoder, self.steps, self.media, self.prune_all = decoder, steps, media, prune_all
+    Args:
+        decoder: stock language model of either family.
+        steps: the cuts.
+        media: positions of video and audio tokens.
+        prune_all: whether a cut also forgets keys and values of the layers before.
+        added: [S, D] that the decoder adds to the states behind its first layers.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        steps: Sequence[Step],
+        media: set[int],
+        *,
+        prune_all: bool = False,
+        added: Sequence[Tensor] = (),
+    ) -> None:
+        self.decoder, self.steps, self.media, self.prune_all, self.added = decoder, steps, media, prune_all, added
         self.caches: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in decoder.layers]
 
     def prefill(self, embeds: Tensor, positions: Tensor, entering: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -43,6 +59,8 @@ class Reference:
         for number in range(len(self.decoder.layers)):
             self._look(scores, number, "input", states, left, positions)
             states = self._layer(number, states, left, positions)
+            if number < len(self.added):
+                states = states + self.added[number][left]
             self._look(scores, number, "output", states, left, positions)
             for step in self.steps:
                 if step.after != number:
@@ -55,9 +73,9 @@ class Reference:
                         del cache[position]
         return self.decoder.norm(states), left
 
-    def decode(self, embed: Tensor, name: int, rope: int) -> Tensor:
+    def decode(self, embed: Tensor, name: int, rope: float) -> Tensor:
         """Last hidden state [D] of a new token `name` with embedding [D] at rope position `rope`."""
-        state, positions = embed[None], torch.full((3, name + 1), rope)
+        state, positions = embed[None], torch.full((3, name + 1), float(rope))
         for number in range(len(self.decoder.layers)):
             state = self._layer(number, state, [name], positions)
         return self.decoder.norm(state)[0]
@@ -67,7 +85,7 @@ class Reference:
     ) -> list[int]:
         """`n` greedy tokens."""
         with torch.no_grad():
-            state, following = self.prefill(embeds, positions, entering)[0][-1], int(positions.max()) + 1
+            state, following = self.prefill(embeds, positions, entering)[0][-1], float(positions.max()) + 1
             tokens: list[int] = []
             while len(tokens) < n:
                 tokens.append(int(lm_head(state).argmax()))
@@ -80,13 +98,13 @@ class Reference:
         layer, cache = self.decoder.layers[number], self.caches[number]
         normed = layer.input_layernorm(states)
         query, key = self._query(number, normed, names, positions), self._key(number, normed, names, positions)
-        value = self._heads(number, layer.self_attn.v_proj(normed))
+        value = self._heads(number, layer.self_attn.v_proj(normed), None)
         cache.update({name: (key[:, row], value[:, row]) for row, name in enumerate(names)})
         seen = sorted(cache)
         keys, values = (torch.stack([cache[name][part] for name in seen], dim=1) for part in (0, 1))
         mixed = self._weights(query, keys, names, seen) @ values
         states = states + layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
-        return states + layer.mlp(layer.post_attention_layernorm(states))
+        return states + layer.mlp(layer.post_attention_layernorm(states)[None])[0]
 
     def _look(self, scores: dict, number: int, on: str, states: Tensor, left: list[int], positions: Tensor) -> None:
         for step in self.steps:
@@ -102,19 +120,21 @@ class Reference:
         future = torch.tensor(seen)[None] > torch.tensor(asking)[:, None]
         return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
 
-    def _heads(self, number: int, values: Tensor) -> Tensor:
+    def _heads(self, number: int, values: Tensor, norm: nn.Module | None) -> Tensor:
         attention = self.decoder.layers[number].self_attn
-        values = values.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        values = values.unflatten(-1, (-1, attention.head_dim))
+        values = (values if norm is None else norm(values)).transpose(0, 1)
         return values.repeat_interleave(self.decoder.config.num_attention_heads // len(values), dim=0)
 
     def _query(self, number: int, normed: Tensor, names: list[int], positions: Tensor) -> Tensor:
-        projected = self.decoder.layers[number].self_attn.q_proj(normed)
-        return self._rotated(self._heads(number, projected), names, positions)
+        return self._rotated(number, "q", normed, names, positions)
 
     def _key(self, number: int, normed: Tensor, names: list[int], positions: Tensor) -> Tensor:
-        projected = self.decoder.layers[number].self_attn.k_proj(normed)
-        return self._rotated(self._heads(number, projected), names, positions)
+        return self._rotated(number, "k", normed, names, positions)
 
-    def _rotated(self, heads: Tensor, names: list[int], positions: Tensor) -> Tensor:
+    def _rotated(self, number: int, kind: str, normed: Tensor, names: list[int], positions: Tensor) -> Tensor:
+        attention = self.decoder.layers[number].self_attn
+        projected = getattr(attention, f"{kind}_proj")(normed)
+        heads = self._heads(number, projected, getattr(attention, f"{kind}_norm", None))
         cos, sin = self.decoder.rotary_emb(heads, positions[:, None, names])
         return apply_rotary_pos_emb(heads[None], heads[None], cos, sin)[0][0]
