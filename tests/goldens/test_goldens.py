@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from omnisieve import list_compressors
-from tests.goldens import frame_checkers, inner_checkers, merging_checkers, seats_checkers  # noqa: F401  register theirs
+from tests.goldens import (  # noqa: F401  register their checkers
+    efficiency_checkers,
+    frame_checkers,
+    inner_checkers,
+    merging_checkers,
+    seats_checkers,
+)
 from tests.goldens.checkers import CHECKERS, Checker
 from tests.goldens.conftest import COMMITTED, vector_files, vector_name
 from tests.goldens.vectors import Vectors, load, resolver
