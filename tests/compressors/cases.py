@@ -18,6 +18,7 @@ HIDDEN, HEAD = 16, 8
 
 # Fields beside the ratio. A method without an entry is tested as it comes.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "dash": [{}, {"min_segment": 4, "boundary_bonus": 0.3}, {"scope": "file", "min_segment": 7, "threshold": 0.0}],
     "omnisift": [
         {"video_pruner": pruner, "width": 32, "heads": 4, "pruner_channels": 8} for pruner in ("learned", "similarity")
     ],
@@ -30,6 +31,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "stvp": [{"audio_novelty": 0.3}],
 }
 PUBLISHED: list[tuple[str, dict[str, Any]]] = [
+    ("dash", {}),
+    ("dash", {"min_segment": 4}),
     ("divprune", {}),
     ("divprune_om", {}),
     ("dycoke", {}),

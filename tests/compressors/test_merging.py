@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from omnisieve.compressors import CompressorError, build_compressor
+from omnisieve.compressors.dash_segments import AudioCuts, heard_at, segments_of_frames
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.plan import Plan
 from tests.layouts import LayoutSpec, make_layout
@@ -115,3 +116,125 @@ class TestVisionZip:
     def test_settings_that_cannot_be_are_refused(self, name: str, fields: dict) -> None:
         with pytest.raises(CompressorError, match=str(next(iter(fields)))):
             build_compressor(name, retained_ratio=0.25, **fields)
+
+
+class TestDash:
+    """Sound that changes at given tokens, and video of noise."""
+
+    def sounds(self, layout: TokenLayout, changes: list[int]) -> torch.Tensor:
+        """Embeddings whose audio turns by a right angle at each of the tokens `changes`."""
+        x = noise(layout, 12)
+        audio = layout.segments("all", Modality.AUDIO)
+        at = audio.index[0, 0, : int(audio.sizes[0, 0])]
+        kind = torch.zeros(len(at), dtype=torch.long).scatter(0, torch.tensor(changes), 1).cumsum(0)
+        x[0, at] = torch.eye(12)[kind] + 0.02 * x[0, at]
+        return x
+
+    def plan(self, layout: TokenLayout, x: torch.Tensor, attention: torch.Tensor | None = None, **fields) -> Plan:
+        compressor = build_compressor("dash", **fields)
+        attention = torch.ones(1, layout.length) if attention is None else attention
+        return compressor.plan(x, layout, {compressor.needs[0]: attention})
+
+    def frame_counts(self, layout: TokenLayout, plan: Plan) -> torch.Tensor:
+        frames = layout.segments("frame", Modality.VIDEO)
+        return (frames.gather(plan.keep) & frames.valid).sum(dim=-1)[0]
+
+    def cuts(self, layout: TokenLayout, x: torch.Tensor) -> AudioCuts:
+        return build_compressor("dash", retained_ratio=0.3).audio_cuts(x, layout)
+
+    def test_audio_is_cut_where_it_changes_but_not_too_soon(self) -> None:
+        layout = make_layout(LayoutSpec(windows=4, audio_per_window=25))
+        cuts = self.cuts(layout, self.sounds(layout, [10, 40, 60, 69, 99]))
+        assert cuts.starts[0, 0].nonzero()[:, 0].tolist() == [0, 40, 99]
+
+    def test_every_audio_item_is_cut_for_itself(self) -> None:
+        layout = make_layout(LayoutSpec(windows=2, videos=2, audio_per_window=25))
+        cuts = self.cuts(layout, self.sounds(layout, [35, 60, 85]))
+        assert [item.nonzero()[:, 0].tolist() for item in cuts.starts[0]] == [[0, 35], [0, 35]]
+        assert cuts.segment()[0, :, [0, 34, 35, 49]].tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
+
+    def test_a_frame_belongs_to_what_sounds_in_its_middle(self) -> None:
+        """Frames of 25 positions, audio tokens of 2: the cut at token 31 is at 62, just before the third's middle."""
+        layout = make_layout(LayoutSpec(windows=2, audio_per_window=25))
+        for cut, expected in ((31, [0, 0, 1, 1]), (32, [0, 0, 0, 1])):
+            cuts = self.cuts(layout, self.sounds(layout, [cut]))
+            segment, first, odd = segments_of_frames(cuts, layout)
+            assert segment[0].tolist() == expected
+            assert first[0].tolist() == [True, *(np.diff(expected) == 1)]
+        assert odd[0].tolist() == [False, True, False, False]
+
+    def test_only_the_clock_of_the_video_counts(self) -> None:
+        separate, own, silent = (
+            make_layout(spec) for spec in (LayoutSpec(separate_audio=True), LayoutSpec(), LayoutSpec(audio=False))
+        )
+        assert (heard_at(separate) == -1).all()
+        assert (heard_at(silent) == -1).all()
+        heard = heard_at(own)[0]
+        assert (own.modality[0, heard] == Modality.AUDIO).all()
+        assert own.window[0, heard].tolist() == [0, 0, 1, 1, 2, 2]
+
+    def test_a_segment_that_keeps_more_audio_keeps_more_video(self) -> None:
+        layout = make_layout(LayoutSpec(windows=4, rows=8, columns=8, audio_per_window=20))
+        x = self.sounds(layout, [40])
+        audio = layout.segments("all", Modality.AUDIO).index[0, 0]
+        attention = torch.ones(1, layout.length)
+        attention[0, audio[40:]] += 1
+        kept = self.frame_counts(
+            layout, self.plan(layout, x, attention, retained_ratio=0.3, scope="file", guidance=0.2)
+        )
+        assert kept[:4].max() < kept[4:].min()
+        assert kept.sum() == round(0.3 * 8 * 64)
+        even = self.frame_counts(
+            layout, self.plan(layout, x, attention, retained_ratio=0.3, scope="file", guidance=0.0)
+        )
+        assert even.max() - even.min() <= 1
+
+    def test_a_bonus_goes_to_the_first_frames_of_segments(self) -> None:
+        layout = make_layout(LayoutSpec(windows=4, rows=8, columns=8, audio_per_window=20))
+        x = self.sounds(layout, [40])
+        plain, bonus = (
+            self.frame_counts(layout, self.plan(layout, x, retained_ratio=0.3, guidance=0.0, boundary_bonus=b))
+            for b in (0.0, 0.5)
+        )
+        assert bonus.sum() == plain.sum()
+        assert (bonus - plain).topk(2).indices.sort().values.tolist() == [0, 4]
+
+    def test_odd_frames_keep_what_changed(self) -> None:
+        layout = make_layout(LayoutSpec(windows=2, audio=False))
+        x = noise(layout, 12)
+        frames = layout.segments("frame", Modality.VIDEO).index[0]
+        x[0, frames[1]] = x[0, frames[0]]
+        x[0, frames[1, [2, 9]]] *= -1
+        keep = self.plan(layout, x, retained_ratio=2 / 16).keep[0]
+        assert keep[frames[1]].nonzero()[:, 0].tolist() == [2, 9]
+
+    def test_published_rate_of_a_silent_video(self) -> None:
+        """Half grids of 24 tokens, of which max(0.35, 0.7 - 0.15) go."""
+        layout = make_layout(LayoutSpec(windows=2, rows=6, columns=8, audio=False))
+        plan = self.plan(layout, noise(layout, 12), retained_ratio=0.3, rounding="official")
+        assert not plan.exact
+        assert plan.measured(layout)["video"] == 8 * int(24 * 0.45)
+
+    def test_published_segments_lose_what_fills_no_frame(self) -> None:
+        """Cut at 40 of 100 audio tokens: the first segment has 38 of 96 video tokens: three half grids and 2."""
+        layout = make_layout(LayoutSpec(windows=4, grids_per_window=1, rows=4, columns=6, audio_per_window=25))
+        plan = self.plan(layout, self.sounds(layout, [40]), video_ratio=0.9, audio_ratio=1.0, rounding="official")
+        video = layout.segments("all", Modality.VIDEO).index[0, 0]
+        kept = plan.keep[0, video]
+        assert not kept[36:38].any()
+        assert not kept[38 + 48 : 96].any()
+        assert kept[:36].any()
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"threshold": 1.5},
+            {"guidance": -0.1},
+            {"boundary_bonus": 2.0},
+            {"min_segment": 0},
+            {"boundary_bonus": 0.3, "rounding": "official"},
+        ],
+    )
+    def test_settings_that_cannot_be_are_refused(self, fields: dict) -> None:
+        with pytest.raises(CompressorError, match=next(iter(fields))):
+            build_compressor("dash", retained_ratio=0.25, **fields)

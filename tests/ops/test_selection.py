@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnisieve.ops.clustering import best_of_group, density_peaks, isolation
+from omnisieve.ops.clustering import best_of_group, density_peaks, isolation, uniqueness
 from omnisieve.ops.diversity import maxmin_mask, maxmin_order
 from omnisieve.ops.estimators import sample_candidates, straight_through
 from omnisieve.ops.merge import merge_into_anchors, spaced_anchors
@@ -134,6 +134,21 @@ def test_euclidean_density_peaks_are_told_apart_where_densities_underflow() -> N
     assert not peaks.exp().any()
     assert len(peaks.unique()) == 16
     assert peaks.argmax() < 8
+
+
+def test_uniqueness_is_measured_from_the_mean_in_the_steadiest_channels() -> None:
+    x, valid = ragged()
+    x = torch.cat([x, 100 * x.flip(-1), x * 0.1], dim=-1)
+    unlike = uniqueness(x, valid)
+    for segment, size in enumerate(RAGGED.tolist()):
+        if not size:
+            continue
+        tokens = x[segment, :size]
+        steady = tokens.var(dim=0, unbiased=False).argsort()[: x.shape[-1] // 2]
+        directions = torch.nn.functional.normalize(tokens[:, steady], dim=-1)
+        distance = (directions - directions.mean(dim=0)).square().sum(dim=-1)
+        near = sum(torch.exp(-distance / (2 * a)) for a in (1 / 8, 1 / 4, 1 / 2, 1, 2))
+        torch.testing.assert_close(unlike[segment, :size], 1 - near / near.max(), rtol=1e-4, atol=1e-5)
 
 
 def test_best_of_group_takes_the_best_of_each() -> None:

@@ -1,6 +1,7 @@
 """Token compressors, one file per method."""
 
 from omnisieve.compressors import (  # noqa: F401  registers the methods
+    dash,
     divprune,
     dycoke,
     fastv,

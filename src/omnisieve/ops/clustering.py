@@ -7,8 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from omnisieve.ops.similarity import unit
-from omnisieve.ops.topk import descending_rank
+from omnisieve.ops.similarity import segment_mean, unit
+from omnisieve.ops.topk import descending_rank, topk_mask
+
+KERNELS = (0.125, 0.25, 0.5, 1.0, 2.0)
+"""Variances of the Gaussian kernels that measure uniqueness (DASH)."""
 
 
 def density_peaks(
@@ -31,9 +34,26 @@ def density_peaks(
     """
     distance, others = _distances(x, valid, metric)
     sparsity = _nearest_mean(distance if metric == "cosine" else distance.square(), others, neighbours)
+    return _centrality(distance, others, sparsity, distance.masked_fill(~others, 0).amax(dim=-1))
+
+
+def density_peaks_with_itself(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
+    """`density_peaks` in the form of FastVID (arXiv 2503.11187).
+
+    Distances are Euclidean and divided by sqrt(D), an entry is the first of its own neighbours, and the densest entry
+    is separated by the largest distance that there is in its segment.
+    """
+    distance, others = _distances(x, valid, "euclidean")
+    distance = distance / x.shape[-1] ** 0.5
+    count = others.sum(dim=-1).clamp(max=neighbours - 1)
+    sparsity = _nearest_mean(distance.square(), others, neighbours - 1) * count / (count + 1)
+    return _centrality(distance, others, sparsity, distance.masked_fill(~others, 0).amax(dim=(-2, -1)).unsqueeze(-1))
+
+
+def _centrality(distance: Tensor, others: Tensor, sparsity: Tensor, farthest: Tensor) -> Tensor:
+    """log(separation) - sparsity, [..., L]; `farthest` separates the densest."""
     denser = others & (sparsity.unsqueeze(-2) < sparsity.unsqueeze(-1))
     nearest_denser = distance.masked_fill(~denser, torch.inf).amin(dim=-1)
-    farthest = distance.masked_fill(~others, 0).amax(dim=-1)
     separation = torch.where(denser.any(dim=-1), nearest_denser, farthest)
     return separation.clamp(min=0).log() - sparsity
 
@@ -59,6 +79,28 @@ def _nearest_mean(distance: Tensor, others: Tensor, neighbours: int) -> Tensor:
     nearest = distance.masked_fill(~others, torch.inf).topk(min(neighbours, distance.shape[-1]), largest=False).values
     present = nearest.isfinite()
     return nearest.masked_fill(~present, 0).sum(dim=-1) / present.sum(dim=-1).clamp(min=1)
+
+
+def uniqueness(x: Tensor, valid: Tensor) -> Tensor:
+    """How far from the middle of its segment an entry is, in the steadiest half of the channels.
+
+    Args:
+        x: [..., L, D].
+        valid: [..., L] bool.
+
+    Returns:
+        [..., L] in [0, 1]: 0 for the entry nearest to the mean direction.
+    """
+    wide, width = x if x.dtype == torch.float64 else x.float(), x.shape[-1]
+    if width > 10:
+        centred = wide - segment_mean(wide, valid).unsqueeze(-2)
+        variance = segment_mean(centred.square(), valid)
+        half = torch.full(variance.shape[:-1], width // 2, device=x.device)
+        wide = wide * topk_mask(-variance, torch.ones_like(variance, dtype=torch.bool), half).unsqueeze(-2)
+    directions = unit(wide)
+    distance = (directions - segment_mean(directions, valid).unsqueeze(-2)).square().sum(dim=-1)
+    near = torch.stack([torch.exp(-distance / (2 * variance)) for variance in KERNELS]).sum(dim=0)
+    return 1 - near / near.masked_fill(~valid, 0).amax(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
 def best_of_group(scores: Tensor, group: Tensor, groups: int, most: int) -> Tensor:
