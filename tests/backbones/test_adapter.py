@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
+from transformers import (
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen3OmniMoeConfig,
+    Qwen3OmniMoeForConditionalGeneration,
+)
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import load_balancing_loss_func
 
 from omnisieve.backbones import BackboneError, adapter_for, attach, load_backbone
 from omnisieve.data.batch import Batch
@@ -15,14 +23,20 @@ from omnisieve.layout import Modality, TokenLayout
 from tests.backbones.toys import norm_compressor, stock_embeds
 from tests.models import AUDIO as AUDIO_ID
 from tests.models import (
+    DEEPSTACK_LAYERS,
+    FAMILIES,
     HIDDEN,
+    PATCH,
     PICTURE,
+    QWEN3,
+    QWEN3_PATCH,
     SILENT,
     SOUNDING,
     SPEECH,
     VISION_END,
     VISION_START,
     Media,
+    family_of,
     media_tokens,
     tiny_config,
     tiny_inputs,
@@ -32,35 +46,43 @@ from tests.models import IMAGE as IMAGE_ID
 from tests.models import VIDEO as VIDEO_ID
 
 MIXED = [[PICTURE, SOUNDING, SPEECH], [SILENT, Media(grids=2, rows=2, columns=2)], [SPEECH], []]
-# One grid every 1.5 s: the second window of 2 s has two grids less than the sound needs.
+# One grid every 2.6 s: the second window of 2 s has no grid. 33.8 and 67.6 ids of Qwen3 are no whole numbers.
 SPARSE = Media(grids=3, rows=2, columns=2, mel=700, second_per_grid=2.6)
 FIELDS = ("modality", "item", "frame", "row", "column", "time", "stream")
 
 
-@pytest.fixture(scope="module")
-def thinker():
-    return tiny_thinker()
+@pytest.fixture(scope="module", params=FAMILIES)
+def thinker(request):
+    return tiny_thinker(family=request.param)
 
 
-def expected_map(items: list[Media], text: int = 6) -> np.ndarray:
+def expected_map(items: list[Media], family: str, text: int = 6) -> np.ndarray:
     """Token map [7, S] written down from what the items are."""
     words = [(int(Modality.TEXT), -1, -1, -1, -1, -1, -1)]
     tokens = words * text
     number = 0
+    ids_per_second = 13 if family == QWEN3 else 25
     for stream, item in enumerate(items):
         kind = Modality.IMAGE if item.image else Modality.VIDEO
-        times = [int(grid * item.second_per_grid * 25) for grid in range(item.grids)]
+        times = [int(grid * item.second_per_grid * ids_per_second) for grid in range(item.grids)]
         visual = [
             (int(kind), number, grid, r, c, time, stream)
             for grid, time in enumerate(times)
             for r in range(item.rows)
             for c in range(item.columns)
         ]
-        sound = [(int(Modality.AUDIO), number + bool(times), 0, 0, j, j, stream) for j in range(item.audio_tokens)]
-        # Windows of 50 ids; video before audio inside a window.
-        body = sorted(visual + sound, key=lambda token: (token[5] // 50, token[0]))
+        count = item.qwen3_audio_tokens if family == QWEN3 else item.audio_tokens
+        sound = [(int(Modality.AUDIO), number + bool(times), 0, 0, j, j, stream) for j in range(count)]
+        if family == QWEN3:
+            # By the time itself, of which the map has the whole part: a grid inside an id comes behind its sound.
+            exact = [token[2] * item.second_per_grid * ids_per_second for token in visual] + list(range(count))
+            order = sorted(range(len(exact)), key=lambda i: (round(exact[i], 4), (visual + sound)[i][0]))
+            body = [(visual + sound)[i] for i in order]
+        else:
+            # Windows of 50 ids; video before audio inside a window.
+            body = sorted(visual + sound, key=lambda token: (token[5] // 50, token[0]))
         number += bool(visual) + bool(sound)
-        shell = len(media_tokens(item)) - len(body)
+        shell = len(media_tokens(item, family)) - len(body)
         tokens += words * (shell // 2) + body + words * (shell // 2) + words * text
     return np.array(tokens).T
 
@@ -68,6 +90,8 @@ def expected_map(items: list[Media], text: int = 6) -> np.ndarray:
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_layout_is_read_from_ids_and_positions(thinker, padding_side):
     samples = [*MIXED, [SPARSE, SOUNDING]]
+    family = family_of(thinker)
+    window = 26 if family == QWEN3 else 50
     inputs = tiny_inputs(thinker, samples, padding_side=padding_side)
     for rows in (3, 4):
         layout = adapter_for(thinker).layout(
@@ -75,10 +99,10 @@ def test_layout_is_read_from_ids_and_positions(thinker, padding_side):
         )
         for row, (items, mask) in enumerate(zip(samples, inputs["attention_mask"].bool().numpy(), strict=True)):
             found = np.stack([getattr(layout, name)[row, mask] for name in FIELDS])
-            np.testing.assert_array_equal(found, expected_map(items))
+            np.testing.assert_array_equal(found, expected_map(items, family))
             assert (layout.modality[row, ~mask] == Modality.PADDING).all()
             media = layout.time[row] >= 0
-            clock = layout.stream[row, media] * 100 + layout.time[row, media] // 50
+            clock = layout.stream[row, media] * 100 + layout.time[row, media] // window
             assert (np.unique(clock, return_inverse=True)[1] == _dense(layout.window[row, media])).all()
 
 
@@ -90,16 +114,18 @@ def test_layout_equals_the_one_of_the_data_side(thinker):
     adapter = adapter_for(thinker)
     rules = adapter.token_rules()
     words = [20, 21, 22]
+    qwen3 = family_of(thinker) == QWEN3
     for items in [*MIXED, [SPARSE, SOUNDING]]:
         ids, runs = [*words], []
         for item in items:
+            sound = item.qwen3_audio_tokens if qwen3 else item.audio_tokens
             grid = (item.grids, 2 * item.rows, 2 * item.columns)
             if item.image:
                 runs.append(ImageRun(grid))
             elif item.grids:
-                runs.append(VideoRun(grid, item.second_per_grid, item.audio_tokens))
+                runs.append(VideoRun(grid, item.second_per_grid, sound))
             else:
-                runs.append(AudioRun(item.audio_tokens))
+                runs.append(AudioRun(sound))
             placeholder = IMAGE_ID if item.image else VIDEO_ID if item.grids else AUDIO_ID
             ids += [VISION_START, placeholder, VISION_END, *words]
         sequence = expand(np.array(ids), runs, rules)
@@ -130,24 +156,67 @@ def test_encode_and_merge_equal_the_stock_forward(thinker):
     assert len(features.image) == (inputs["input_ids"] == IMAGE_ID).sum()
     merged = adapter.merge(inputs["input_ids"], features)
     assert torch.equal(merged, stock_embeds(thinker, inputs))
+    # Whatever else the stock forward does with pixels.
+    with torch.no_grad(), adapter.deepstack(features, layout):
+        logits = thinker(
+            inputs_embeds=merged, **{key: inputs[key] for key in ("attention_mask", "position_ids")}
+        ).logits
+        assert torch.equal(logits, thinker(**inputs).logits)
+
+
+def test_embeddings_without_deepstack_are_refused():
+    model = tiny_thinker(family=QWEN3)
+    inputs = tiny_inputs(model, [[PICTURE, SOUNDING]])
+    adapter = adapter_for(model)
+    layout = adapter.layout(inputs["input_ids"], inputs["position_ids"])
+    features = adapter.encode(Batch(layout=layout, labels=inputs["input_ids"], **inputs))
+    merged = adapter.merge(inputs["input_ids"], features)
+    with torch.no_grad(), attach(model, norm_compressor()) as attachment:
+        attachment.expect(layout=layout)
+        with pytest.raises(BackboneError, match=r"adapter\.deepstack"):
+            model(inputs_embeds=merged, position_ids=inputs["position_ids"])
+    with pytest.raises(BackboneError, match=r"hold no .*image/deepstack\.0"):
+        adapter.deepstack(replace(features, extra={}), layout)
+
+
+def test_router_logits_of_a_compressed_prompt():
+    model = tiny_thinker(family=QWEN3)
+    items = [SOUNDING, SPEECH]
+    inputs = tiny_inputs(model, [[item] for item in items])
+    mask = inputs["attention_mask"].clone()
+    with torch.no_grad(), attach(model, norm_compressor()):
+        output = model(**inputs, output_router_logits=True)
+        alone = [model(**tiny_inputs(model, [[item]]), output_router_logits=True) for item in items]
+    assert torch.equal(inputs["attention_mask"], mask)
+    assert {len(logits) for logits in output.router_logits} == {output.logits.shape[:2].numel()}
+    # The loss counts every kept token of every sample once, and no padding.
+    logits = [torch.cat(layer) for layer in zip(*(single.router_logits for single in alone), strict=True)]
+    assert len(logits[0]) < len(output.router_logits[0])
+    expected = load_balancing_loss_func(tuple(logits), num_experts=4, top_k=2)
+    assert torch.allclose(output.aux_loss, expected, atol=1e-6)
 
 
 def test_parts(thinker):
     adapter = adapter_for(thinker)
+    qwen3 = family_of(thinker) == QWEN3
     assert adapter.hidden_size == HIDDEN
     assert len(adapter.layers) == 3
     assert adapter.layers[0].self_attn.layer_idx == 0
     assert adapter.lm_head.out_features == thinker.config.get_text_config().vocab_size
-    assert adapter.audio_tower.config.n_window == 100
-    assert adapter.visual.config.patch_size == 14
+    assert adapter.audio_tower.config.n_window == (50 if qwen3 else 100)
+    assert adapter.visual.config.patch_size == (QWEN3_PATCH if qwen3 else PATCH)
+    assert len(adapter.deepstack_layers) == (DEEPSTACK_LAYERS if qwen3 else 0)
 
 
 @pytest.fixture(scope="module")
-def whole():
+def whole(thinker):
     """The model with a talker configured but switched off."""
     torch.manual_seed(0)
-    config = Qwen2_5OmniConfig(thinker_config=tiny_config().to_dict(), enable_audio_output=False)
-    return Qwen2_5OmniForConditionalGeneration(config).eval()
+    family = family_of(thinker)
+    settings = {"thinker_config": tiny_config(family=family).to_dict(), "enable_audio_output": False}
+    if family == QWEN3:
+        return Qwen3OmniMoeForConditionalGeneration(Qwen3OmniMoeConfig(**settings)).eval()
+    return Qwen2_5OmniForConditionalGeneration(Qwen2_5OmniConfig(**settings)).eval()
 
 
 def test_the_whole_model_is_attached_through_its_thinker(whole):
@@ -189,8 +258,9 @@ def test_folders(thinker, whole, tmp_path):
     assert decoder.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_lora_wrapped():
-    model = tiny_thinker()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_wrapped(family):
+    model = tiny_thinker(family=family)
     inputs = tiny_inputs(model, [[SOUNDING], [SPEECH]])
     with torch.no_grad(), attach(model, norm_compressor()):
         expected = model(**inputs).logits

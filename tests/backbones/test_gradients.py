@@ -11,15 +11,15 @@ from omnisieve.backbones.gated_attention import GATED, gated_attention
 from omnisieve.layout import MEDIA, Modality
 from omnisieve.plan import Plan
 from tests.backbones.toys import LearnedToy, learned_toy
-from tests.models import HIDDEN, SILENT, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
+from tests.models import FAMILIES, HIDDEN, SILENT, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
 
 SAMPLES = [[SOUNDING], [SILENT], [SPEECH]]
 ANSWER = 3
 
 
-@pytest.fixture(scope="module")
-def thinker():
-    return tiny_thinker()
+@pytest.fixture(scope="module", params=FAMILIES)
+def thinker(request):
+    return tiny_thinker(family=request.param)
 
 
 def answers(inputs: dict[str, Tensor]) -> Tensor:

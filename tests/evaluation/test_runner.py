@@ -21,7 +21,7 @@ from omnisieve.evaluation.methods import resolve_methods
 from omnisieve.evaluation.prompts import generate, make_prompts
 from omnisieve.evaluation.runner import Evaluation, Results
 from tests.evaluation.tiny import TinyBenchmark, tiny_clip
-from tests.models import HIDDEN, PAD, tiny_thinker
+from tests.models import FAMILIES, HIDDEN, PAD, tiny_thinker
 
 TOKENS = 4
 
@@ -31,9 +31,18 @@ def model() -> nn.Module:
     return tiny_thinker()
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_model(request: pytest.FixtureRequest) -> nn.Module:
+    return tiny_thinker(family=request.param)
+
+
+def three_clips(model: nn.Module) -> list[Clip]:
+    return [tiny_clip(model, "a"), tiny_clip(model, "b", questions=3), tiny_clip(model, "c", mel=0)]
+
+
 @pytest.fixture(scope="module")
 def clips(model: nn.Module) -> list[Clip]:
-    return [tiny_clip(model, "a"), tiny_clip(model, "b", questions=3), tiny_clip(model, "c", mel=0)]
+    return three_clips(model)
 
 
 def evaluate(model: nn.Module, clips: list[Clip], entries: list[str], ratios: list[float], **values) -> Results:
@@ -58,10 +67,11 @@ def from_raw_media(model: nn.Module, clip: Clip, question: int, ratio: float) ->
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
-def test_answers_equal_those_from_raw_media(model: nn.Module, clips: list[Clip], ratio: float) -> None:
-    results = evaluate(model, clips, ["random"], [ratio])
+def test_answers_equal_those_from_raw_media(any_model: nn.Module, ratio: float) -> None:
+    clips = three_clips(any_model)
+    results = evaluate(any_model, clips, ["random"], [ratio])
     expected = {
-        f"{clip.id}/{q}": " ".join(map(str, from_raw_media(model, clip, q, ratio)))
+        f"{clip.id}/{q}": " ".join(map(str, from_raw_media(any_model, clip, q, ratio)))
         for clip in clips
         for q in range(clip.n_questions)
     }
@@ -69,18 +79,19 @@ def test_answers_equal_those_from_raw_media(model: nn.Module, clips: list[Clip],
     assert len(set(expected.values())) > 1
 
 
-def test_prompts_without_compressor_are_the_stock_model(model: nn.Module, clips: list[Clip]) -> None:
-    adapter = adapter_for(model)
-    prompts = list(make_prompts(adapter, [clips[1]], pad_token_id=PAD))
+def test_prompts_without_compressor_are_the_stock_model(any_model: nn.Module) -> None:
+    adapter, clip = adapter_for(any_model), three_clips(any_model)[1]
+    prompts = list(make_prompts(adapter, [clip], pad_token_id=PAD))
     assert len(prompts) == 3  # three questions of three lengths
     written = [generate(adapter, prompt, TOKENS)[0].tolist() for prompt in prompts]
-    assert written == [from_raw_media(model, clips[1], q, 1.0) for q in range(3)]
+    assert written == [from_raw_media(any_model, clip, q, 1.0) for q in range(3)]
     assert not adapter.lm_head._forward_pre_hooks
 
 
-def test_batching_changes_no_answer(model: nn.Module, clips: list[Clip]) -> None:
-    together = evaluate(model, clips, ["full", "stvp"], [0.3], clips_per_batch=3)
-    alone = evaluate(model, clips, ["full", "stvp"], [0.3], clips_per_batch=1)
+def test_batching_changes_no_answer(any_model: nn.Module) -> None:
+    clips = three_clips(any_model)
+    together = evaluate(any_model, clips, ["full", "stvp"], [0.3], clips_per_batch=3)
+    alone = evaluate(any_model, clips, ["full", "stvp"], [0.3], clips_per_batch=1)
     assert predictions(together) == predictions(alone)
 
 

@@ -13,14 +13,28 @@ from omnisieve.backbones import adapter_for
 from omnisieve.data.batch import Patches, Sample
 from omnisieve.data.tokens import VideoRun, expand
 from omnisieve.evaluation.benchmarks import Clip
-from tests.models import FIRST_WORD, MEL_BINS, MERGE, PAD, PATCH, VIDEO, VISION_END, VISION_START, VOCABULARY
+from tests.models import (
+    FIRST_WORD,
+    MEL_BINS,
+    MERGE,
+    PAD,
+    PATCH,
+    QWEN3,
+    QWEN3_PATCH,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCABULARY,
+    family_of,
+)
 
 
 def tiny_clip(model: nn.Module, name: str, *, questions: int = 2, grids: int = 4, mel: int = 400) -> Clip:
     """A video of `grids` grids of 2 x 3 tokens, `mel` frames of sound (0: silent), and questions of random words."""
     rules = adapter_for(model).token_rules()
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    pixels = torch.randn(grids * 6 * MERGE**2, 3 * 2 * PATCH**2, generator=generator)
+    patch = QWEN3_PATCH if family_of(model) == QWEN3 else PATCH
+    pixels = torch.randn(grids * 6 * MERGE**2, 3 * 2 * patch**2, generator=generator)
     sound = torch.randn(MEL_BINS, mel, generator=generator)
     run = VideoRun((grids, 2 * MERGE, 3 * MERGE), 1.0, rules.audio_tokens(mel))
     samples = []

@@ -10,14 +10,14 @@ from omnisieve import build_compressor
 from omnisieve.backbones import Estimator, attach
 from omnisieve.layout import MEDIA
 from omnisieve.plan import Plan
-from tests.models import HIDDEN, SILENT, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
+from tests.models import FAMILIES, HIDDEN, SILENT, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
 
 SAMPLES = [[SOUNDING], [SILENT], [SPEECH], [SILENT, SILENT]]
 
 
-@pytest.fixture(scope="module")
-def thinker():
-    return tiny_thinker()
+@pytest.fixture(scope="module", params=FAMILIES)
+def thinker(request):
+    return tiny_thinker(family=request.param)
 
 
 def run(thinker, estimator: Estimator) -> tuple[Tensor, Plan, Tensor, Tensor]:

@@ -13,15 +13,15 @@ from omnisieve.compressors import build_compressor
 from omnisieve.data.batch import Batch
 from omnisieve.layout import Modality
 from omnisieve.training.objective import TrainingModule
-from tests.models import HIDDEN, tiny_thinker
+from tests.models import FAMILIES, HIDDEN, tiny_thinker
 from tests.training.batches import ANSWER_PLACES, CLIPS, make_batch, with_features
 
 ROUTES = [Estimator("masked"), Estimator("masked", 0.5), Estimator("hard_drop")]
 
 
-@pytest.fixture(scope="module")
-def backbone() -> nn.Module:
-    return tiny_thinker()
+@pytest.fixture(scope="module", params=FAMILIES)
+def backbone(request: pytest.FixtureRequest) -> nn.Module:
+    return tiny_thinker(family=request.param)
 
 
 def make_module(backbone: nn.Module, *, ratio: float = 0.25, **options) -> TrainingModule:
@@ -102,11 +102,12 @@ def test_cached_features_are_online_encoding(backbone: nn.Module):
     torch.testing.assert_close(gradients(module, [batch]), gradients(module, [cached]))
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing():
-    batch = make_batch(tiny_thinker(), CLIPS[:3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str):
+    batch = make_batch(tiny_thinker(family=family), CLIPS[:3])
     found = []
     for recompute in (False, True):
-        backbone, calls = tiny_thinker(), []
+        backbone, calls = tiny_thinker(family=family), []
         adapter_for(backbone).layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         found.append(gradients(make_module(backbone, gradient_checkpointing=recompute), [batch]))
         assert len(calls) == 1 + recompute
@@ -146,10 +147,11 @@ def test_distillation_is_nothing_at_ratio_one_and_something_below(backbone: nn.M
 
 def test_loss_and_accuracy_are_those_of_the_stock_model(backbone: nn.Module):
     """At ratio 1, with labels such that in every other sample the last answer is right."""
-    batch = make_batch(backbone, CLIPS[:4])
-    with torch.no_grad():
+    batch, adapter = make_batch(backbone, CLIPS[:4]), adapter_for(backbone)
+    features = adapter.encode(batch)
+    with torch.no_grad(), adapter.deepstack(features, batch.layout):
         stock = backbone(
-            inputs_embeds=adapter_for(backbone).merge(batch.input_ids, adapter_for(backbone).encode(batch)),
+            inputs_embeds=adapter.merge(batch.input_ids, features),
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
         ).logits
