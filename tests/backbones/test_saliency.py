@@ -10,7 +10,7 @@ from omnisieve.compressors.base import CompressorError, Need, Settings
 from omnisieve.data.batch import Batch
 from omnisieve.layout import Modality
 from tests.backbones.toys import AUDIO_NEED, NeedyCompressor, NormCompressor, stock_embeds
-from tests.models import PICTURE, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
+from tests.models import FAMILIES, PICTURE, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
 
 NEEDS = (
     AUDIO_NEED,
@@ -41,9 +41,9 @@ class Recorder(NormCompressor):
         return super().scores(embeds, layout, needs)
 
 
-@pytest.fixture(scope="module")
-def thinker():
-    return tiny_thinker()
+@pytest.fixture(scope="module", params=FAMILIES)
+def thinker(request):
+    return tiny_thinker(family=request.param)
 
 
 def batch_of(model, inputs):
@@ -96,14 +96,15 @@ def test_an_attached_compressor_gets_what_it_needs(thinker):
         thinker(**inputs)
         assert torch.equal(attachment.last_plan.keep, expected)
         attachment.expect(layout=batch.layout, needs=needs)
-        thinker(inputs_embeds=embeds, position_ids=inputs["position_ids"])
+        with adapter.deepstack(features, batch.layout):
+            thinker(inputs_embeds=embeds, position_ids=inputs["position_ids"])
         assert torch.equal(attachment.last_plan.keep, expected)
         thinker(**tiny_inputs(thinker, [[SILENT]]))  # nothing to hear
 
 
 def test_only_what_was_asked_for_is_computed(thinker):
     extra = adapter_for(thinker).encode(batch_of(thinker, tiny_inputs(thinker, MIXED)), [NEEDS[3]]).extra
-    assert list(extra) == ["video/attention_received.window"]
+    assert [name for name in extra if "deepstack" not in name] == ["video/attention_received.window"]
 
 
 def test_cached_features_without_the_statistic(thinker):
