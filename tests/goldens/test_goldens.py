@@ -9,6 +9,7 @@ import pytest
 
 from omnisieve import list_compressors
 from tests.goldens import (  # noqa: F401  register their checkers
+    edge_checkers,
     efficiency_checkers,
     frame_checkers,
     inner_checkers,
