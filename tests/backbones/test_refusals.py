@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PretrainedConfig, Qwen2_5OmniThinkerForConditionalGeneration, StaticCache
 
 from omnisieve.backbones import BackboneError, Estimator, adapter_for, attach, load_backbone
 from omnisieve.compressors.base import Settings
 from tests.backbones.toys import NeedyCompressor, learned_toy, norm_compressor, stock_embeds
+from tests.data.stock import BACKBONE
 from tests.models import HIDDEN, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
 
 
@@ -157,9 +158,38 @@ def test_estimator_settings(settings):
         Estimator(**settings)
 
 
+@pytest.mark.parametrize("path", ["./absent", "../absent", "{here}/absent", "data/testbed/absent", "data/absent"])
+def test_a_misspelt_folder_is_not_looked_for_elsewhere(path, tmp_path, monkeypatch):
+    (tmp_path / "data" / "testbed").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", lambda name: pytest.fail(f"asked the hub for {name}"))
+    with pytest.raises(BackboneError, match=r"absent is no folder that exists; give"):
+        load_backbone(path.format(here=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["Owner/Model-7B", "model"])
+def test_a_name_on_the_hub_is_looked_for(name, tmp_path, monkeypatch):
+    def ask(name: str):
+        raise OSError(f"no {name} there")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", ask)
+    with pytest.raises(BackboneError, match=f"that the hub, or its local cache, has: no {name} there"):
+        load_backbone(name)
+
+
+def test_attention_without_its_package(monkeypatch):
+    def refuse(*_, attn_implementation: str, **__):
+        raise ImportError("the package for FlashAttention2 doesn't seem to be installed.")
+
+    monkeypatch.setattr(Qwen2_5OmniThinkerForConditionalGeneration, "from_pretrained", refuse)
+    with pytest.raises(BackboneError, match=r"'flash_attention_2' cannot be used: .*installed\. Install it, or choose"):
+        load_backbone(BACKBONE, "bfloat16", "flash_attention_2")
+
+
 def test_folder_without_model(tmp_path):
-    with pytest.raises(BackboneError, match=r"neither a folder with a config\.json nor a model"):
-        load_backbone(tmp_path / "absent")
+    with pytest.raises(BackboneError, match=r"has no config\.json; give the folder"):
+        load_backbone(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(BackboneError, match="is a 'llama'"):
         load_backbone(tmp_path)

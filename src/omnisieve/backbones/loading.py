@@ -29,21 +29,39 @@ def load_backbone(
         device: where to; the CPU when None.
 
     Raises:
-        BackboneError: there is no such model, or it is another one.
+        BackboneError: there is no such model, it is another one, or the package of its attention is missing.
     """
     if dtype not in ("float32", "bfloat16"):
         raise BackboneError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'")
+    found = Path(path).is_dir()
+    if (found or _is_path(path)) and not (Path(path) / "config.json").is_file():
+        reason = "has no config.json" if found else "is no folder that exists"
+        raise BackboneError(f"{path} {reason}; give the folder of a model, or its name on the hub")
     try:
         model_type = PretrainedConfig.get_config_dict(str(path))[0].get("model_type")
     except OSError as error:
         raise BackboneError(
-            f"{path} is neither a folder with a config.json nor a model that the hub, or its local cache, has: {error}"
+            f"{path} is neither a folder nor a model that the hub, or its local cache, has: {error}"
         ) from error
     families = {name: family for family in FAMILIES for name in family.model_types}
     if model_type not in families:
         raise BackboneError(f"{path} is a {model_type!r}; supported are {', '.join(families)}")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
-    model: Any = families[model_type].thinker.from_pretrained(str(path), **options)
+    try:
+        model: Any = families[model_type].thinker.from_pretrained(str(path), **options)
+    except ImportError as error:
+        raise BackboneError(
+            f"attn_implementation {attn_implementation!r} cannot be used: {error} Install it, or choose 'sdpa'"
+        ) from error
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _is_path(path: str | Path) -> bool:
+    """Whether a folder is meant: asking the hub for a misspelt one takes half a minute of retries.
+
+    A name on the hub is NAME or OWNER/NAME; the latter is taken for a path if there is a folder OWNER here.
+    """
+    owner, *rest = str(path).split("/")
+    return owner[:1] in ("", ".", "~") or len(rest) > 1 or (bool(rest) and Path(owner).is_dir())
