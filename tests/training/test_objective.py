@@ -102,6 +102,7 @@ def test_cached_features_are_online_encoding(backbone: nn.Module):
     torch.testing.assert_close(gradients(module, [batch]), gradients(module, [cached]))
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str):
     batch = make_batch(tiny_thinker(family=family), CLIPS[:3])
