@@ -6,7 +6,10 @@ import pytest
 
 from omnisieve.compressors import CompressorError, build_compressor, list_compressors
 from omnisieve.compressors.base import compressor_type, find_preset, list_presets
+from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.compressors.presets import Preset
+from omnisieve.layout import MEDIA, TokenLayout
+from tests.layouts import LayoutSpec, make_layout
 
 PRESETS = [find_preset(name) for name in list_presets()]
 REGISTERED = set(list_compressors())
@@ -62,9 +65,32 @@ def test_pairs_of_seats_keep_what_its_windows_make_them_keep(names: str, totals:
 def test_a_preset_says_where_it_comes_from(preset: Preset) -> None:
     paper, size, total = preset.name.split("/")
     assert preset.source.lower().startswith(paper)
-    assert preset.backbone.lower().removesuffix("-a3b").endswith(size)
+    assert size in preset.backbone.lower()
     assert total.split("-")[0] in (f"{preset.total:.0%}"[:-1], "code", "scripts")
     assert preset.methods
+
+
+def clip(window: tuple[int, int]) -> TokenLayout:
+    """16 s of a source's clips."""
+    video, audio = window
+    spec = LayoutSpec(windows=8, rows=video // 32, columns=16, audio_per_window=audio)
+    return make_layout(spec)
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p.window], ids=lambda preset: preset.name)
+def test_clips_of_the_source_keep_the_total(preset: Preset) -> None:
+    layout = clip(preset.window)
+    for method in set(preset.methods) & REGISTERED:
+        hidden_size = 16 if compressor_type(method).learned else None
+        compressor = build_compressor(method, preset=preset.name, hidden_size=hidden_size)
+        if isinstance(compressor, InnerCompressor):
+            compressor = compressor.for_depth(48 if "30B" in preset.backbone else 28)
+        budget = compressor.budget(layout)
+        kept = budget.total[0] / layout.counts(*MEDIA)[0]
+        assert kept == pytest.approx(preset.total, abs=0.03), method
+        for modality in MEDIA:
+            asked = preset.settings[f"{modality.name.lower()}_ratio"]
+            assert budget.of(modality)[0] / layout.counts(modality)[0] == pytest.approx(asked, abs=0.01), method
 
 
 def test_given_fields_win() -> None:
