@@ -123,7 +123,9 @@ class Adapter:
     def _vision(self, kind: str, pixels: Tensor, grids: Tensor | None, extra: dict[str, Tensor]) -> Tensor:
         features = getattr(self.thinker, f"get_{kind}_features")(pixels, grids, return_dict=True)
         for place in range(len(self.deepstack_layers)):
-            extra[_deepstack_name(kind, place)] = torch.cat(list(features.deepstack_features[place]))
+            rows = features.deepstack_features[place]
+            # Older versions do not split them by item.
+            extra[_deepstack_name(kind, place)] = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
         return torch.cat(list(features.pooler_output))
 
     def merge(self, input_ids: Tensor, features: Features) -> Tensor:
