@@ -29,9 +29,16 @@ def test_fields_reach_the_method(tmp_path: Path):
     assert compressor.pruner is None
 
 
+def test_a_preset_brings_its_ratios(tmp_path: Path):
+    section = {name: value for name, value in OMNISIFT.items() if not name.endswith("ratio")}
+    settings = make(tmp_path, {**section, "preset": "omnisift/7b/35"}).settings
+    assert (settings.retained_ratio, settings.video_ratio, settings.audio_ratio) == (None, 0.33, 0.6)
+
+
 @pytest.mark.parametrize(
     ("section", "told"),
     [
+        ({**OMNISIFT, "preset": "omnisift/7b/36"}, "omnisift/7b/35"),
         ({"method": "omnisft", "retained_ratio": 0.25}, "omnisift"),
         ({**OMNISIFT, "widht": 32}, "width"),
         ({**OMNISIFT, "width": "wide"}, "width"),

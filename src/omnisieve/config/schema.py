@@ -167,7 +167,7 @@ class TrainConfig:
     """A training run."""
 
     model: ModelSection = section(ModelSection)
-    compressor: dict[str, Any] = option({}, "`method`, and the fields of that method")
+    compressor: dict[str, Any] = option({}, "`method`, the fields of that method, and `preset` for a paper's ratios")
     data: DataSection = section(DataSection)
     train: TrainSection = section(TrainSection)
     output_dir: str = option(MISSING, "checkpoints, log, TensorBoard events and the resolved config go here")

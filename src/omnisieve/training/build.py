@@ -12,6 +12,7 @@ from omnisieve.artifact import load_compressor
 from omnisieve.backbones import BackboneError, Estimator, adapter_for, load_backbone
 from omnisieve.backbones.media import media_loader
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
+from omnisieve.compressors.base import find_preset
 from omnisieve.config import ConfigError, TrainConfig, check_fields
 from omnisieve.data.errors import DataError
 from omnisieve.training.distributed import Ranks
@@ -80,6 +81,8 @@ def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
     method = compressor_type(section.pop("method"))
     if not method.learned:
         raise ConfigError(f"compressor.method: {method.name} has no parameters to train")
+    if "preset" in section:
+        section = find_preset(section.pop("preset")).with_changes(section)
     hints = get_type_hints(method.settings_type)
     allowed = {field.name: hints[field.name] for field in fields(method.settings_type)}
     settings = check_fields(section, allowed, f"compressor ({method.name})")
