@@ -15,6 +15,8 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3Omni
 from omnisieve.backbones import BackboneError, adapter_for
 from omnisieve.backbones.reference import reference_config
 from omnisieve.backbones.shape import DecoderShape, decoder_shape
+from omnisieve.compressors import build_compressor
+from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.compressors.omnisift import VisionGuidedSelector
 from omnisieve.evaluation.efficiency import (
     Prefill,
@@ -26,6 +28,7 @@ from omnisieve.evaluation.efficiency import (
     selector_flops,
     summarise,
 )
+from tests.layouts import LayoutSpec, make_layout
 from tests.models import HIDDEN, tiny_thinker
 
 SEVEN, THREE = (decoder_shape(reference_config(f"qwen2_5_omni_{size}").text_config) for size in ("7b", "3b"))
@@ -74,6 +77,32 @@ def test_seats_table_3_for_its_own_schedule(video: float, audio: float, tflops: 
     first, *rest = (round(count) + TEXT for count in left)
     lengths = layer_lengths(28, first, [*zip((15, 17, 19), rest, strict=True), (22, TEXT)])
     assert tera(seats_flops(SEVEN, lengths)) == pytest.approx(tflops, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("method", "percent", "tflops"),
+    [
+        ("divprune_om", 35, 37.4),
+        ("visionzip_om", 25, 27.6),
+        ("divprune_om", 15, 17.6),
+        ("random", 10, 12.8),
+        ("fastv_om", 35, 38.3),
+        ("fastv_om", 25, 28.3),
+        ("seats", 35, 36.7),
+        ("seats", 25, 26.5),
+        ("seats", 15, 17.3),
+        ("seats", 10, 12.2),
+    ],
+)
+def test_seats_table_3_from_presets(method: str, percent: int, tflops: float) -> None:
+    """60 grids of 144 tokens and 3,000 of sound, nearly the table's mean sample, through our own budgets."""
+    layout = make_layout(LayoutSpec(windows=30, rows=9, columns=16, audio_per_window=100))
+    compressor = build_compressor(method, preset=f"seats/7b/{percent}")
+    if isinstance(compressor, InnerCompressor):
+        media = compressor.for_depth(28).layer_counts(layout)[:, 0]
+    else:
+        media = layer_lengths(28, compressor.budget(layout).total[0])
+    assert tera(seats_flops(SEVEN, media + TEXT)) == pytest.approx(tflops, rel=0.03)
 
 
 @pytest.mark.parametrize(
