@@ -160,10 +160,11 @@ def test_moving_a_batch_moves_everything(samples: dict[str, Sample]) -> None:
     assert batch.layout.device.type == "meta"
 
 
-def test_one_sample_per_question(conversations: Manifest, loader: MediaLoader) -> None:
-    dataset = OmniDataset(conversations, loader, turns="each")
-    assert len(dataset) == 16
-    first, second = dataset[0], dataset[1]
+def test_a_question_alone_ends_with_the_generation_prompt(conversations: Manifest, loader: MediaLoader) -> None:
+    first, second = (
+        loader.sample(question, loader.load(question), generation_prompt=True)
+        for question in conversations[0].questions()
+    )
     tokenizer = stock_processor().tokenizer
     assert (first.meta["family"], first.meta["answer"]) == ("first", "red")
     assert (second.meta["family"], second.meta["answer"]) == ("second", "blue")

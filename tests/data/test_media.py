@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from omnisieve.data.media import MediaError, MediaReader, read_image
+from omnisieve.data.media import MediaError, MediaReader, VideoFrames, read_image
 from tests.data.media_files import TONE_HZ, frame_level
 
 Media = Callable[..., Path]
@@ -45,6 +46,18 @@ def first_frames(name: str) -> list[int]:
     return [0, *range(4, 35, 5)] if name == "clip.ts" else [*range(0, 40, 5)]
 
 
+def frames_of(reader: MediaReader, path: Path, **options: Any) -> VideoFrames:
+    video = reader.read(path, **options).video
+    assert video is not None
+    return video
+
+
+def sound_of(reader: MediaReader, path: Path, **options: Any) -> np.ndarray:
+    wave = reader.read(path, video=False, **options).audio
+    assert wave is not None
+    return wave
+
+
 def onset(wave: np.ndarray) -> float:
     """Second at which the tone starts."""
     return float(np.argmax(np.abs(wave) > 0.2)) / 16_000
@@ -66,7 +79,7 @@ def test_frames_and_sound_of_every_container(media: Media, reader: MediaReader, 
 
 
 def test_decord_where_it_can_and_pyav_elsewhere(media: Media, reader: MediaReader) -> None:
-    used = {name: reader.read_video(media(name, **spec)).backend for name, spec in CONTAINERS.items()}
+    used = {name: frames_of(reader, media(name, **spec)).backend for name, spec in CONTAINERS.items()}
     assert used == {
         "clip.mp4": "decord", "clip.mkv": "decord", "clip.webm": "decord",
         "av1.mp4": "pyav", "clip.ts": "pyav",
@@ -75,7 +88,7 @@ def test_decord_where_it_can_and_pyav_elsewhere(media: Media, reader: MediaReade
 
 def test_cap_spreads_frames_over_the_clip(media: Media, reader: MediaReader) -> None:
     for name in ("clip.mp4", "av1.mp4"):
-        video = reader.read_video(media(name, **CONTAINERS[name]), fps=2.0, max_frames=4)
+        video = frames_of(reader, media(name, **CONTAINERS[name]), fps=2.0, max_frames=4)
         assert_frames(video.frames, [0, 10, 20, 30])
         assert video.seconds_per_frame == pytest.approx(1.0)
         assert video.duration == pytest.approx(4.0, abs=0.01)
@@ -83,7 +96,7 @@ def test_cap_spreads_frames_over_the_clip(media: Media, reader: MediaReader) -> 
 
 def test_more_frames_than_the_file_has_are_repeated(media: Media, reader: MediaReader) -> None:
     for name in ("clip.mp4", "av1.mp4"):
-        video = reader.read_video(media(name, **CONTAINERS[name]), fps=20.0)
+        video = frames_of(reader, media(name, **CONTAINERS[name]), fps=20.0)
         assert_frames(video.frames, [k // 2 for k in range(80)])
 
 
@@ -91,8 +104,8 @@ def test_more_frames_than_the_file_has_are_repeated(media: Media, reader: MediaR
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 @pytest.mark.parametrize("codec", ["libx264", "libsvtav1"])
 def test_rotated_video_is_upright(media: Media, reader: MediaReader, rotation: int, codec: str) -> None:
-    frames = reader.read_video(
-        media(f"rotated{rotation}{codec}.mp4", seconds=1.0, rotation=rotation, video_codec=codec)
+    frames = frames_of(
+        reader, media(f"rotated{rotation}{codec}.mp4", seconds=1.0, rotation=rotation, video_codec=codec)
     ).frames
     upright = np.rot90(frames[0], -rotation // 90)  # back to the stored picture, whose first rows are white
     assert upright.shape == (56, 112, 3)
@@ -106,13 +119,12 @@ def test_silent_video_has_no_sound(media: Media, reader: MediaReader) -> None:
     assert clip.audio is None
     assert clip.video is not None
     assert len(clip.video.frames) == 8
-    assert reader.read_audio(path) is None
+    assert reader.read(path, video=False).audio is None
 
 
 @pytest.mark.parametrize("name", ["late.mp4", "late.mkv"])
 def test_late_sound_is_padded_with_silence(media: Media, reader: MediaReader, name: str) -> None:
-    wave = reader.read_audio(media(name, audio_start=1.5, audio_seconds=2.0))
-    assert wave is not None
+    wave = sound_of(reader, media(name, audio_start=1.5, audio_seconds=2.0))
     assert onset(wave) == pytest.approx(1.5, abs=0.03)
     assert len(wave) / 16_000 == pytest.approx(3.5, abs=0.1)
 
@@ -127,8 +139,7 @@ def test_sound_shorter_or_longer_than_the_video(media: Media, reader: MediaReade
 
 
 def test_aac_padding_is_cut_at_the_declared_end(media: Media, reader: MediaReader) -> None:
-    wave = reader.read_audio(media("clip.mp4"))
-    assert wave is not None
+    wave = sound_of(reader, media("clip.mp4"))
     assert len(wave) == 64_000
 
 
@@ -136,8 +147,7 @@ def test_long_sound_is_cut_and_reported(media: Media, caplog: pytest.LogCaptureF
     reader = MediaReader()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            wave = reader.read_audio(media("clip.mp4"), max_seconds=1.5)
-            assert wave is not None
+            wave = sound_of(reader, media("clip.mp4"), max_seconds=1.5)
             assert len(wave) == 24_000
     reader.close()
     messages = [record.getMessage() for record in caplog.records]
@@ -160,11 +170,10 @@ def test_shortest_clips_have_a_frame(media: Media, reader: MediaReader, seconds:
 )
 def test_audio_files(media: Media, reader: MediaReader, name: str, codec: str) -> None:
     path = media(name, seconds=0.0, audio_seconds=2.0, audio_codec=codec, sample_rate=44_100, channels=2)
-    wave = reader.read_audio(path)
-    assert wave is not None
+    wave = sound_of(reader, path)
     assert len(wave) == pytest.approx(32_000, abs=900)
     with pytest.raises(MediaError, match="only sound") as caught:
-        reader.read_video(path)
+        reader.read(path)
     assert (caught.value.kind, caught.value.stream) == ("no_stream", "video")
 
 
@@ -213,7 +222,7 @@ def test_cut_by_less_than_a_tenth_gives_what_is_there(tmp_path: Path, media: Med
     content = media("cut.mkv", seconds=20.0, rate=10).read_bytes()
     path = tmp_path / "cut.mkv"
     path.write_bytes(content[: len(content) * 96 // 100])
-    video = reader.read_video(path)
+    video = frames_of(reader, path)
     assert 36 <= len(video.frames) <= 40
     assert_frames(video.frames[:30], [5 * k for k in range(30)])
 

@@ -91,7 +91,7 @@ def decode(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
             frames, info["video"] = _video(path, video, scan, request, codec, seekable)
             arrays.append(frames)
         sound = None
-        if request["audio"] and audio is not None:
+        if audio is not None:
             sound = _audio(path, audio, scan, request["max_seconds"])
         if sound is not None:
             arrays.append(sound[0])

@@ -143,7 +143,7 @@ class MediaLoader:
 
 
 class OmniDataset(Dataset[Sample]):
-    """Map-style dataset of samples.
+    """Map-style dataset of whole conversations, every answer supervised.
 
     With `on_error="replace"` a sample whose media cannot be read is replaced by another one that is a pure function
     of its index, and says so in `Sample.failures`; batches never shrink.
@@ -154,22 +154,17 @@ class OmniDataset(Dataset[Sample]):
         conversations: Sequence[Conversation],
         loader: MediaLoader,
         *,
-        turns: Literal["all", "each"] = "all",
         on_error: Literal["raise", "replace"] = "raise",
     ) -> None:
         """
         Args:
             conversations: e.g. a `Manifest`.
             loader: reads media and builds samples.
-            turns: "all" keeps a conversation whole, every answer supervised (training); "each" gives one sample per
-                question without earlier turns, ending with the generation prompt (evaluation).
             on_error: "raise" or "replace".
         """
         self.loader = loader
-        self.turns, self.on_error = turns, on_error
+        self.on_error = on_error
         self.conversations = conversations
-        if turns == "each":
-            self.conversations = [question for whole in conversations for question in whole.questions()]
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -189,8 +184,7 @@ class OmniDataset(Dataset[Sample]):
 
     def _read(self, index: int) -> Sample:
         conversation = self.conversations[index]
-        media = self.loader.load(conversation)
-        return self.loader.sample(conversation, media, generation_prompt=self.turns == "each")
+        return self.loader.sample(conversation, self.loader.load(conversation))
 
 
 def _substitute(index: int, attempt: int, length: int) -> int:

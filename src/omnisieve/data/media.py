@@ -139,7 +139,6 @@ class MediaReader:
         max_frames: int | None = None,
         max_seconds: float | None = None,
         video: bool = True,
-        audio: bool = True,
     ) -> Clip:
         """Read one file.
 
@@ -148,14 +147,14 @@ class MediaReader:
             fps: frames per second of the result.
             max_frames: at most so many, spread evenly over the clip.
             max_seconds: sound beyond is cut off.
-            video, audio: what to decode.
+            video: whether frames are wanted; sound comes if there is any.
 
         Raises:
             MediaError: see the table above. DataError: no decoding process can be started.
         """
         check_file(path)
         request = {"path": str(path), "fps": float(fps), "max_frames": max_frames, "max_seconds": max_seconds,
-                   "video": video, "audio": audio, "seconds": self.decode_seconds}  # fmt: skip
+                   "video": video, "seconds": self.decode_seconds}  # fmt: skip
         answer, arrays = self._ask(request)
         if "failure" in answer:
             kind, stream, reason = answer["failure"]
@@ -166,16 +165,6 @@ class MediaReader:
             wave = _resample(arrays.pop(0), answer["audio"]["rate"])
             self._report_cut(path, answer["audio"]["seconds"], max_seconds)
         return Clip(frames, wave)
-
-    def read_video(self, path: str | Path, *, fps: float = 2.0, max_frames: int | None = None) -> VideoFrames:
-        """Frames only; see `read`."""
-        video = self.read(path, fps=fps, max_frames=max_frames, audio=False).video
-        assert video is not None  # for the type checker: `read` raises when there is none
-        return video
-
-    def read_audio(self, path: str | Path, *, max_seconds: float | None = None) -> np.ndarray | None:
-        """Waveform float32 [samples] at 16 kHz; None if the file has no sound. See `read`."""
-        return self.read(path, max_seconds=max_seconds, video=False).audio
 
     def close(self) -> None:
         """End the child, if there is one and it is ours."""

@@ -49,11 +49,6 @@ class StreamSampler(Sampler[list[int]]):
             self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.size)
         return int(self._order[1][index])
 
-    @property
-    def epoch(self) -> float:
-        """Epochs trained on so far, with fraction."""
-        return self.position / self.size
-
     def advance(self, batches: int = 1) -> None:
         """Count batches that every rank has trained on; the next state and iterator start behind them."""
         self.position += batches * self.batch_size * self.world_size
