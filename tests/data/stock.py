@@ -39,9 +39,10 @@ def stock_processor(family: str = QWEN2_5) -> Any:
     processor = Qwen2_5OmniProcessor.from_pretrained(BACKBONE)
     if family == QWEN2_5:
         return processor
+    size = {"shortest_edge": 64 * 64, "longest_edge": 768 * 32 * 32}
     return Qwen3OmniMoeProcessor(
-        image_processor=Qwen2VLImageProcessor(patch_size=QWEN3_PATCH),
-        video_processor=Qwen2VLVideoProcessor(patch_size=QWEN3_PATCH),
+        image_processor=Qwen2VLImageProcessor(patch_size=QWEN3_PATCH, size=size),
+        video_processor=Qwen2VLVideoProcessor(patch_size=QWEN3_PATCH, size=size),
         feature_extractor=processor.feature_extractor,
         tokenizer=processor.tokenizer,
         chat_template=processor.chat_template,
@@ -54,11 +55,26 @@ def stock_thinker(family: str = QWEN2_5) -> Any:
     with torch.device("meta"):
         if family == QWEN2_5:
             return Qwen2_5OmniThinkerForConditionalGeneration(AutoConfig.from_pretrained(BACKBONE))
-        config = tiny_config(family=QWEN3)
-        tokenizer = stock_processor(family).tokenizer
-        for name, token in _TOKENS.items():
-            setattr(config, name, tokenizer.convert_tokens_to_ids(getattr(tokenizer, token)))
-        return Qwen3OmniMoeThinkerForConditionalGeneration(config)
+        return Qwen3OmniMoeThinkerForConditionalGeneration(_qwen3_config())
+
+
+def save_qwen3(folder: Path) -> Path:
+    """A random thinker of Qwen3 and its processor, in a folder as users have them."""
+    torch.manual_seed(0)
+    model = Qwen3OmniMoeThinkerForConditionalGeneration(_qwen3_config())
+    model.save_pretrained(folder)
+    stock_processor(QWEN3).save_pretrained(folder)
+    return folder
+
+
+def _qwen3_config() -> Any:
+    """The tiny one, for the testbed's tokenizer."""
+    config, tokenizer = tiny_config(family=QWEN3), stock_processor(QWEN3).tokenizer
+    for name, token in _TOKENS.items():
+        setattr(config, name, tokenizer.convert_tokens_to_ids(getattr(tokenizer, token)))
+    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.pad_token_id, config.text_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return config
 
 
 @lru_cache(maxsize=2)

@@ -7,10 +7,11 @@ import torch
 from omnisieve.data.media import VideoFrames
 from omnisieve.data.preprocess import Preprocessor
 from tests.data.stock import rules, stock_processor
+from tests.models import FAMILIES, QWEN2_5, QWEN3
 
 
-def make(**pixels: int) -> Preprocessor:
-    return Preprocessor(stock_processor(), rules(), **pixels)
+def make(family: str = QWEN2_5, **pixels: int) -> Preprocessor:
+    return Preprocessor(stock_processor(family), rules(family), **pixels)
 
 
 @pytest.mark.parametrize("samples", [480, 481, 900, 16_000, 16_001, 16_159, 50_000, 47_999])
@@ -28,6 +29,21 @@ def test_sound_equals_the_padded_extractors(samples: int) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-7 if real < 10 else 0)
 
 
+@pytest.mark.parametrize("samples", [1, 160, 481, 16_000, 16_159, 50_000])
+def test_sound_of_qwen3_equals_that_beside_a_longer_one(samples: int) -> None:
+    # Its stock processor pads to the longest of a batch; alone, the last frame would mirror what is before it.
+    wave = np.random.default_rng(samples).standard_normal(samples).astype(np.float32) * 0.1
+    ours = make(QWEN3).audio(wave)
+    stock = stock_processor(QWEN3).feature_extractor(
+        [wave, np.zeros(64_000, dtype=np.float32)],
+        sampling_rate=16_000, padding=True, truncation=False, return_attention_mask=True, return_tensors="pt",
+    )  # fmt: skip
+    real = int(stock["attention_mask"][0].sum())
+    assert ours is not None
+    assert ours.shape == (128, real)
+    torch.testing.assert_close(ours, stock["input_features"][0, :, :real], rtol=0, atol=2e-7 if real < 10 else 0)
+
+
 def test_sound_beyond_300_s_is_not_cut() -> None:
     mel = make().audio(np.zeros(301 * 16_000, dtype=np.float32))
     assert mel is not None
@@ -39,12 +55,13 @@ def test_sound_too_short_for_a_token_is_none() -> None:
     assert make().audio(np.zeros(321, dtype=np.float32)) is not None
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("frames", "grids"), [(1, 1), (2, 1), (3, 2), (8, 4)])
-def test_video_equals_the_stock_processors(frames: int, grids: int) -> None:
+def test_video_equals_the_stock_processors(frames: int, grids: int, family: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (frames, 60, 90, 3), dtype=np.uint8)
-    patches = make(min_pixels=56 * 56, max_pixels=84 * 84).video(VideoFrames(pixels, 0.5, frames / 2, "decord"))
+    patches = make(family, min_pixels=56 * 56, max_pixels=84 * 84).video(VideoFrames(pixels, 0.5, frames / 2, "decord"))
     filled = np.concatenate([pixels, pixels[-1:]]) if frames % 2 else pixels
-    stock = stock_processor().video_processor(
+    stock = stock_processor(family).video_processor(
         [torch.from_numpy(filled).permute(0, 3, 1, 2)],
         size={"shortest_edge": 56 * 56, "longest_edge": 84 * 84},
         return_tensors="pt",

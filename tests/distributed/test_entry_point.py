@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from omnisieve.data.synthetic import manifest_text, write_clip
+from tests.data.stock import save_qwen3
 
 ROOT = Path(__file__).parents[2]
 CLIPS = {"train": 4, "val": 3}
@@ -88,6 +89,18 @@ def assert_complete(output_dir: Path, steps: int) -> None:
 
 def test_a_single_process_needs_no_launcher(clips: Path, tmp_path: Path):
     status, output = train(*arguments(clips, tmp_path / "run"))
+    assert status == 0, output
+    assert_complete(tmp_path / "run", 2)
+
+
+@pytest.mark.slow
+def test_qwen3_from_a_feature_cache(clips: Path, tmp_path: Path):
+    backbone, cache = save_qwen3(tmp_path / "qwen3"), tmp_path / "cache"
+    overrides = (f"model.path={backbone}", f"data.feature_cache={cache}", "train.distill_weight=0.5")
+    words = arguments(clips, tmp_path / "run", *overrides)
+    status, output = finish(start([sys.executable, "tools/cache_features.py", *words]))
+    assert status == 0, output
+    status, output = train(*words)
     assert status == 0, output
     assert_complete(tmp_path / "run", 2)
 

@@ -14,6 +14,7 @@ from omnisieve.data.manifest import ManifestError
 from omnisieve.data.synthetic import manifest_text, write_clip
 from omnisieve.evaluation.benchmarks import ManifestBenchmark, normalise
 from omnisieve.evaluation.evaluate import evaluate, open_benchmark
+from tests.data.stock import save_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +62,17 @@ def test_report_of_real_files(config: EvalConfig) -> None:
     assert report["environment"]["hearing_test"]["passed"]
     assert report["environment"]["seeing_test"]["passed"]
     assert json.loads(json.dumps(report))["methods"]["random"]["kind"] == "training-free"
+
+
+def test_report_of_real_files_with_qwen3(config: EvalConfig, tmp_path: Path) -> None:
+    config.model.path = str(save_qwen3(tmp_path / "qwen3"))
+    config.methods = ["random", "omnizip", "full"]
+    report, cells = evaluate(config)
+    assert [row["measured_ratio"]["total"] for row in report["rows"]] == pytest.approx([1, 0.25, 0.25], abs=0.01)
+    # 12 s of sound, of which the shipped backbone makes 300 tokens.
+    assert cells[0].answers[0].present[1] == 12 * 13
+    assert report["environment"]["hearing_test"]["passed"]
+    assert report["environment"]["seeing_test"]["passed"]
 
 
 def test_missing_media_show_before_the_model_is_loaded(config: EvalConfig, tmp_path: Path) -> None:
