@@ -19,6 +19,7 @@ HIDDEN, HEAD = 16, 8
 # Fields beside the ratio. A method without an entry is tested as it comes.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dash": [{}, {"min_segment": 4, "boundary_bonus": 0.3}, {"scope": "file", "min_segment": 7, "threshold": 0.0}],
+    "fastvid": [{}, {"variant": "qwen", "scenes": 2}, {"scenes": 1, "scene_similarity": -1.0}],
     "omnisift": [
         {"video_pruner": pruner, "width": 32, "heads": 4, "pruner_channels": 8} for pruner in ("learned", "similarity")
     ],
@@ -37,6 +38,9 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("divprune_om", {}),
     ("dycoke", {}),
     ("dycoke_va", {}),
+    ("fastvid", {}),
+    ("fastvid", {"scenes": 1, "scene_similarity": -1.0}),
+    ("fastvid", {"variant": "qwen", "scene_similarity": -1.0}),
     ("omnisift", VARIANTS["omnisift"][1]),
     ("omnizip", {}),
     ("omnizip", {"variant": "units"}),
@@ -86,6 +90,7 @@ OWN_RATIOS: dict[str, dict[str, dict[str, float]]] = {
         "hard": {"retained_ratio": 0.4},
         "pair": {"video_ratio": 0.4, "audio_ratio": 0.6},
     },
+    "fastvid": INTACT,
 }
 # Samples that a method cannot bring so low: those of much audio where audio stays whole, and those that end early in
 # a group of four frames where the first frame does.
@@ -93,6 +98,9 @@ OUT_OF_REACH: dict[tuple[str, str], tuple[str, ...]] = {
     ("divprune", "easy"): ("audio_only", "long_audio"),
     ("divprune", "hard"): ("audio_only", "long_audio", "capped_frame_rate", "one_short_window"),
     ("divprune", "published"): ("audio_only", "long_audio"),
+    ("fastvid", "easy"): ("audio_only", "long_audio"),
+    ("fastvid", "hard"): ("audio_only", "long_audio", "capped_frame_rate", "one_short_window"),
+    ("fastvid", "published"): ("audio_only", "long_audio"),
     ("dycoke", "easy"): ("audio_only", "long_audio", "one_short_window"),
     ("dycoke", "hard"): ("audio_only", "long_audio", "one_short_window", "capped_frame_rate", "odd_grids"),
     ("dycoke", "pair"): ("one_short_window",),

@@ -1,4 +1,4 @@
-"""What DyCoke means, beyond golden vectors and the matrix."""
+"""What DyCoke and FastVID mean, beyond golden vectors and the matrix."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from omnisieve.compressors import UnreachableRatioError, build_compressor
+from omnisieve.compressors import CompressorError, UnreachableRatioError, build_compressor
 from omnisieve.layout import Modality, TokenLayout, TokenMap
+from tests.compressors.fastvid_reference import prune
 from tests.layouts import LayoutSpec, make_layout, make_map
 
 FOUR_FRAMES = LayoutSpec(windows=2, audio=False)  # of 16 tokens each
@@ -94,3 +95,91 @@ class TestDyCoke:
         layout = make_layout(FOUR_FRAMES)
         with pytest.raises(UnreachableRatioError, match=r"dycoke: .* keep 16 to 64, so reachable are 0\.25 to 1\.0"):
             build_compressor("dycoke", retained_ratio=0.2, rounding=rounding).plan(embeddings(layout), layout)
+
+
+class TestFastVid:
+    def plan(self, layout: TokenLayout, x: torch.Tensor, attention: torch.Tensor | None = None, **fields):
+        compressor = build_compressor("fastvid", **fields)
+        if attention is None:
+            attention = torch.rand(1, layout.length, generator=torch.Generator().manual_seed(2)) + 0.1
+        return compressor.plan(x, layout, {compressor.needs[0]: attention})
+
+    @pytest.mark.parametrize("variant", ["llava", "qwen"])
+    @pytest.mark.parametrize(("frames", "scenes", "ratio"), [(19, 3, 0.35), (12, 1, 0.25), (7, 2, 0.2), (1, 1, 0.3)])
+    def test_published_functions_step_by_step(self, variant: str, frames: int, scenes: int, ratio: float) -> None:
+        layout = make_layout(LayoutSpec(windows=1, grids_per_window=frames, rows=3, columns=6, audio=False, text=0))
+        x = torch.zeros(1, layout.length, 8)
+        index = layout.segments("frame", Modality.VIDEO).index[0]
+        generator = torch.Generator().manual_seed(frames)
+        video, attention = (
+            torch.randn(*index.shape, 8, generator=generator),
+            torch.rand(index.shape, generator=generator),
+        )
+        spread = torch.zeros(1, layout.length)
+        x[0, index], spread[0, index] = video, attention
+        kept, merged = prune(video, attention, variant, ratio, scenes, still=0.2, d=0.4, p=4, own=0.6)
+        fields = {"scenes": scenes, "scene_similarity": -1.0, "still_similarity": 0.2}
+        plan = self.plan(
+            layout, x, spread, variant=variant, video_ratio=ratio, audio_ratio=1.0, rounding="official", **fields
+        )
+        own = plan.keep[0, index].flatten()
+        assert own.nonzero()[:, 0].tolist() == kept
+        torch.testing.assert_close(plan.merge.apply(x)[0, index].flatten(0, 1)[own], merged[own], rtol=0, atol=2e-5)
+
+    def test_scenes_end_where_the_picture_changes_and_where_the_video_does(self) -> None:
+        layout = make_layout(LayoutSpec(windows=4, videos=2, audio=False))  # two videos of 8 frames
+        frames = layout.segments("frame", Modality.VIDEO)
+        x = torch.zeros(1, layout.length, 12)
+        for frame, kind in zip(frames.index[0], [0, 0, 0, 1, 1, 1, 1, 1] + [1] * 8, strict=True):
+            x[0, frame, kind] = 1.0
+        compressor = build_compressor("fastvid", retained_ratio=0.25, scenes=1)
+        assert compressor.scenes_of(frames.gather(x), frames, layout).of.tolist() == [[0] * 3 + [1] * 5 + [2] * 8]
+
+    def test_still_frames_give_their_share_to_the_last_of_them(self) -> None:
+        """Variant "qwen": of eight equal frames the last keeps what it has room for, half of it context."""
+        layout = make_layout(LayoutSpec(windows=4, audio=False))  # 8 frames of 16 tokens
+        frames = layout.segments("frame", Modality.VIDEO)
+        x = embeddings(layout)
+        x[0, frames.index[0]] = x[0, frames.index[0, 0]].clone()
+        kept = {}
+        for ratio in (12 / 128, 32 / 128):
+            plan = self.plan(layout, x, variant="qwen", scenes=1, retained_ratio=ratio)
+            kept[ratio] = plan.keep[0, frames.index[0]].sum(-1).tolist()
+        # A quarter is more than one frame has: the others share the rest evenly.
+        assert list(kept.values()) == [[0] * 7 + [12], [3, 3, 2, 2, 2, 2, 2, 16]]
+
+    @pytest.mark.parametrize("variant", ["llava", "qwen"])
+    def test_a_dropped_token_is_merged_once_within_its_scene(self, variant: str) -> None:
+        layout = make_layout(LayoutSpec(windows=6, audio=False))
+        x, frames = embeddings(layout), layout.segments("frame", Modality.VIDEO)
+        compressor = build_compressor("fastvid", retained_ratio=0.25, variant=variant, scenes=3, scene_similarity=-1.0)
+        plan = compressor.plan(x, layout, {compressor.needs[0]: torch.rand(1, layout.length)})
+        scene = compressor.scenes_of(frames.gather(x), frames, layout).of
+        scene = frames.scatter(scene.unsqueeze(-1).expand(frames.index.shape), -1)[0]
+        merge, live = plan.merge, plan.merge.weight[0] > 0
+        source, target = merge.source[0, live], merge.target[0, live]
+        dropped = layout.mask(Modality.VIDEO)[0] & ~plan.keep[0]
+        assert sorted(source[dropped[source]].tolist()) == dropped.nonzero()[:, 0].tolist()
+        assert torch.equal(scene[source], scene[target])
+        assert plan.keep[0, target].all()
+        # A weighted mean: own share and the others' make one, and its own share is at least 0.6.
+        mass = merge.own[0].scatter_add(0, merge.target[0], merge.weight[0])
+        torch.testing.assert_close(mass[plan.keep[0]], torch.ones_like(mass[plan.keep[0]]))
+        assert merge.own.min() >= 0.6
+
+    def test_a_video_that_stays_whole_is_left_as_it_is(self) -> None:
+        """Also beside one that does not."""
+        layout = make_layout(LayoutSpec(windows=1, audio_per_window=2, grids_per_window=1), LayoutSpec(audio=False))
+        x = embeddings(layout)
+        attention = torch.rand(2, layout.length, generator=torch.Generator().manual_seed(0))
+        plan = self.plan(layout, x, attention, retained_ratio=0.98)
+        assert plan.measured(layout)["video"].tolist() == [16, 94]
+        torch.testing.assert_close(plan.merge.apply(x)[0], x[0], rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{"variant": "paper"}, {"scenes": 0}, {"anchor_interval": 0}, {"context_ratio": 1.2}, {"least_own": -1}],
+    )
+    def test_settings_that_cannot_be_are_refused(self, fields: dict) -> None:
+        with pytest.raises(CompressorError, match=str(next(iter(fields.values())))):
+            build_compressor("fastvid", retained_ratio=0.25, **fields)

@@ -32,9 +32,10 @@ def input_layout(*samples: dict[str, np.ndarray]) -> TokenLayout:
     return TokenLayout.stack([input_map(arrays) for arrays in samples])
 
 
-def video_layout(grids: int, patches: int) -> TokenLayout:
-    """Silent video: `grids` grids of `patches` tokens in one window."""
+def video_layout(grids: int, patches: int, text: tuple[int, int] = (0, 0)) -> TokenLayout:
+    """Silent video: `grids` grids of `patches` tokens in one window, with text tokens before and after."""
     frame, column = np.divmod(np.arange(grids * patches), patches)
     zeros = np.zeros_like(frame)
-    tokens = TokenMap(zeros + Modality.VIDEO, zeros, frame, zeros, column, frame, zeros)
-    return TokenLayout.stack([tokens])
+    video = (zeros, frame, zeros, column, frame, zeros)
+    modality = np.pad(zeros + Modality.VIDEO, text, constant_values=Modality.TEXT)
+    return TokenLayout.stack([TokenMap(modality, *(np.pad(values, text, constant_values=-1) for values in video))])

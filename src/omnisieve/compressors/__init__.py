@@ -5,6 +5,7 @@ from omnisieve.compressors import (  # noqa: F401  registers the methods
     divprune,
     dycoke,
     fastv,
+    fastvid,
     full,
     omnisift,
     omnizip,

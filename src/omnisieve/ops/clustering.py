@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from omnisieve.ops.groups import rank_in_group
 from omnisieve.ops.similarity import segment_mean, unit
-from omnisieve.ops.topk import descending_rank, topk_mask
+from omnisieve.ops.topk import topk_mask
 
 KERNELS = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Variances of the Gaussian kernels that measure uniqueness (DASH)."""
@@ -115,13 +116,4 @@ def best_of_group(scores: Tensor, group: Tensor, groups: int, most: int) -> Tens
     Returns:
         [B, N] bool.
     """
-    best_first = descending_rank(scores, group < groups)
-    # Sorted by group, best first within a group; the distance to the group's first entry is the rank.
-    order = (group * scores.shape[-1] + best_first).argsort(dim=-1)
-    sizes = torch.zeros(scores.shape[0], groups + 1, dtype=torch.long, device=scores.device)
-    sizes = sizes.scatter_add(-1, group, torch.ones_like(group))
-    first = sizes.cumsum(dim=-1) - sizes
-    place = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return (place - first.gather(-1, group) < most) & (group < groups)
+    return (rank_in_group(-scores.detach(), group, groups) < most) & (group < groups)

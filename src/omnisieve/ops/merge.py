@@ -1,4 +1,4 @@
-"""Merging dropped tokens into evenly spaced anchors."""
+"""Merging dropped tokens into kept ones."""
 
 from __future__ import annotations
 
@@ -98,3 +98,69 @@ def merge_into_anchors(
     own = torch.ones_like(weight).scatter(-1, slot, torch.where(mass > 0, 0.5, 1.0).to(weight.dtype))
     source = (~merged).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(most * group, 1)]
     return source, slot.gather(1, choice.gather(1, source)), weight.gather(1, source), own
+
+
+def merge_into_targets(
+    x: Tensor,
+    pool: Tensor,
+    targets: Tensor,
+    scene: Tensor,
+    turn: Tensor,
+    *,
+    most: int,
+    turns: int,
+    least_own: float,
+    themselves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In every turn a pool token joins the most similar target of its scene; a target averages itself with the mean.
+
+    Args:
+        x: [B, N, D].
+        pool: [B, N] bool, tokens that may be merged.
+        targets: [B, N] bool.
+        scene: [B, N] long; a token joins targets of its own scene only.
+        turn: [B, N] long, turn in which a target is joined.
+        most: targets of the sample that has most, known on the host; at least 1.
+        turns: number of turns.
+        least_own: what a target keeps of itself, at least; it keeps 1 / (members + 1) if that is more.
+        themselves: whether targets may join targets of their own turn, themselves among them.
+
+    Returns:
+        source, target [B, N * turns] long, weight [B, N * turns] and own [B, N], as a plan's merge takes them.
+    """
+    slot = (~targets).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
+    there, its_scene, its_turn = (values.gather(1, slot).unsqueeze(1) for values in (targets, scene, turn))
+    directions = unit(x)
+    rows = directions.gather(1, slot.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    possible = pool.unsqueeze(-1) & there & (scene.unsqueeze(-1) == its_scene)
+    if not themselves:
+        possible = possible & ~(targets.unsqueeze(-1) & (turn.unsqueeze(-1) == its_turn))
+    cosines = (directions @ rows.transpose(-1, -2)).masked_fill(~possible, -torch.inf)
+
+    # Maxima by scattering are slow where many values meet; the frequent case needs none.
+    nearest, choice = cosines.max(dim=-1, keepdim=True) if turns == 1 else _max_per_group(cosines, its_turn, turns)
+    choice, joins = choice.flatten(1), nearest.isfinite().flatten(1)
+    members = torch.zeros_like(cosines[:, 0]).scatter_add(-1, choice, joins.to(cosines.dtype))
+    kept = (1 / (members + 1)).clamp(min=least_own)
+    weight = torch.where(joins, ((1 - kept) / members.clamp(min=1)).gather(1, choice), 0.0)
+    own = torch.ones_like(weight[:, : x.shape[1]]).scatter(1, slot, torch.where(there[:, 0], kept, 1.0))
+    source = torch.arange(x.shape[1], device=x.device).repeat_interleave(turns).expand_as(choice)
+    return source, slot.gather(1, choice), weight, own
+
+
+def _max_per_group(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Largest value of each group of columns and the first column that has it.
+
+    Args:
+        values: [B, N, C].
+        group: [B, 1, C] long, below `groups`.
+        groups: number of groups.
+
+    Returns:
+        [B, N, groups] each; -inf for a group without columns.
+    """
+    group, shape = group.expand_as(values), (*values.shape[:2], groups)
+    largest = values.new_full(shape, -torch.inf).scatter_reduce(-1, group, values, "amax")
+    last = values.shape[-1] - 1
+    column = torch.where(values == largest.gather(-1, group), torch.arange(last + 1, device=values.device), last)
+    return largest, torch.full(shape, last, device=values.device).scatter_reduce(-1, group, column, "amin")
