@@ -39,7 +39,11 @@ def media_loader(path: str | Path, adapter: Adapter, media: MediaSection, *, use
             f"{path} holds no processor ({error}); copy the processor's files beside the weights"
         ) from error
     preprocessor = Preprocessor(
-        processor, adapter.token_rules(), min_pixels=media.min_pixels, max_pixels=media.max_pixels
+        processor,
+        adapter.token_rules(),
+        min_pixels=media.min_pixels,
+        max_pixels=media.max_pixels,
+        pixel_dtype=adapter.visual.dtype,
     )
     loader = MediaLoader(
         preprocessor,

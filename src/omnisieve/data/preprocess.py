@@ -34,14 +34,17 @@ class Preprocessor:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        pixel_dtype: torch.dtype = torch.float32,
     ) -> None:
         """
         Args:
             processor: of the model, e.g. `AutoProcessor.from_pretrained(path)`.
             rules: of the model's family.
             min_pixels, max_pixels: size of a frame or image after resizing; the processor's own when None.
+            pixel_dtype: of patches; that of the vision tower, which casts them first, moves no more than it needs.
         """
         self.rules = rules
+        self.pixel_dtype = pixel_dtype
         self.chat = ChatFormat(processor.tokenizer, processor.chat_template)
         self.tokenizer = processor.tokenizer
         self.video_processor = processor.video_processor
@@ -61,14 +64,14 @@ class Preprocessor:
             options["cap_pixels_per_frame"] = False
         output = self.video_processor(videos=[frames], return_tensors="pt", **options)
         t, h, w = output["video_grid_thw"][0].tolist()
-        return Patches(output["pixel_values_videos"], (t, h, w), video.seconds_per_frame * step)
+        return Patches(output["pixel_values_videos"].to(self.pixel_dtype), (t, h, w), video.seconds_per_frame * step)
 
     def image(self, picture: np.ndarray) -> Patches:
         """Patches of an image, uint8 [H, W, 3]."""
         pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)
         output = self.image_processor(images=[pixels], size=self.image_size, return_tensors="pt")
         t, h, w = output["image_grid_thw"][0].tolist()
-        return Patches(output["pixel_values"], (t, h, w))
+        return Patches(output["pixel_values"].to(self.pixel_dtype), (t, h, w))
 
     def audio(self, waveform: np.ndarray) -> Tensor | None:
         """Log-mel spectrogram [mel bins, ceil(samples / hop)]; None if too short for a single token.
