@@ -94,6 +94,15 @@ def test_learned_rows_are_compared_with_the_best_training_free_row() -> None:
     assert comparison["ci95"][0] <= 25 <= comparison["ci95"][1]
 
 
+def test_rows_at_a_preset_are_compared_with_each_other_only() -> None:
+    better = cell("dycoke@p", "training-free", 0.25, 7, preset="p")
+    (comparison,) = make_report([*cells(), better], {})["comparisons"]
+    assert comparison["against"] == "stvp"
+    learned = cell("out/export@p", "learned", 0.25, 8, preset="p")
+    found = {c["method"]: c["against"] for c in make_report([*cells(), better, learned], {})["comparisons"]}
+    assert found == {"out/export": "stvp", "out/export@p": "dycoke@p"}
+
+
 def test_markdown_shows_every_row() -> None:
     text = markdown(make_report(cells(), {}))
     assert "| stvp | 25% | 50.0 (" in text

@@ -113,4 +113,6 @@ def environment(config: EvalConfig, results: Results, device: str) -> dict[str, 
 
 def _describe(method: Method) -> dict[str, Any]:
     described = {"method": method.name, "kind": method.kind, "settings": dict(method.settings), "at": dict(method.at)}
+    if method.preset is not None:
+        described["preset"] = method.preset.name
     return described | ({"folder": str(Path(method.folder))} if method.folder is not None else {})

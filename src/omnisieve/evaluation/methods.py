@@ -32,7 +32,7 @@ class Method:
         settings: fields of the method, without the ratio unless it comes from a preset.
         at: further fields per ratio.
         folder: of an exported compressor, None for registered methods.
-        total: the only ratio that a preset is for; None: any.
+        preset: that it is evaluated at, with the preset's ratios; None: at any ratio.
     """
 
     label: str
@@ -41,20 +41,20 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     at: Mapping[float, Mapping[str, Any]] = field(default_factory=dict)
     folder: Path | None = None
-    total: float | None = None
+    preset: Preset | None = None
 
     def ratios(self, asked: Sequence[float]) -> Sequence[float]:
         """The ratios it is evaluated at; all tokens are all tokens, and none are none, once."""
         if self.kind == "full":
             return (1.0,)
-        if self.total is not None:
-            return (self.total,)
+        if self.preset is not None:
+            return (self.preset.total,)
         return (0.0,) if self.name == NoMedia.name else tuple(dict.fromkeys(asked))
 
     def fields_at(self, ratio: float) -> dict[str, Any]:
         """The settings at one ratio."""
         # No compressor knows a ratio of 0; the one that keeps nothing takes any. A preset has its own ratios.
-        common = {} if self.total is not None else {"retained_ratio": ratio or 1.0}
+        common = {} if self.preset is not None else {"retained_ratio": ratio or 1.0}
         return common | dict(self.settings) | dict(self.at.get(ratio, {}))
 
     def build(self, ratio: float) -> Compressor:
@@ -95,27 +95,28 @@ def resolve_methods(entries: Sequence[str], settings: Mapping[str, Mapping[str, 
 def _resolve(label: str, settings: dict[str, Any]) -> Method:
     name = str(settings.pop("method", label))
     at = {float(ratio): dict(values) for ratio, values in dict(settings.pop(BY_RATIO, {})).items()}
-    total = None
+    preset = None
     if AT_PRESET in name and not is_artifact(name):
-        name, _, preset = name.partition(AT_PRESET)
-        settings, total = _at_preset(label, find_preset(preset), settings)
+        name, _, preset_name = name.partition(AT_PRESET)
+        preset = find_preset(preset_name)
+        settings = _at_preset(label, preset, settings)
     if name in BOUNDS:
-        return Method(label, name, "bound", settings, at, total=total)
+        return Method(label, name, "bound", settings, at, preset=preset)
     if is_artifact(name):
         registered = read_config(name)["method"]
-        return Method(label, registered, _kind(registered), settings, at, Path(name), total)
+        return Method(label, registered, _kind(registered), settings, at, Path(name), preset)
     if "/" in name:
         raise CompressorError(f"{name} is no exported compressor; export one with tools/export.py RUN {name}")
     if compressor_type(name).learned:
         raise CompressorError(f"{name} is learned: name the folder of an exported one instead of {name!r}")
-    return Method(label, name, _kind(name), settings, at, total=total)
+    return Method(label, name, _kind(name), settings, at, preset=preset)
 
 
-def _at_preset(label: str, preset: Preset, settings: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """The preset's fields with those that were given, and its total."""
+def _at_preset(label: str, preset: Preset, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's fields with those that were given."""
     if given := [name for name in RATIOS if name in settings]:
         raise CompressorError(f"{label}: {given[0]} is given, but the preset has ratios of its own; leave one out")
-    return preset.with_changes(settings), preset.total
+    return preset.with_changes(settings)
 
 
 def _kind(name: str) -> Kind:

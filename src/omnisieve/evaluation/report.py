@@ -40,6 +40,7 @@ class Cell:
         prefills: what their prompts put through the LLM.
         failures: questions that could not be asked, because their clip could not be read.
         unreachable: why the method cannot have this ratio, None if it can.
+        preset: name of the preset that the ratio comes from.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Cell:
     failures: int = 0
     unreachable: str | None = None
     prefills: list[Prefill] = field(default_factory=list)
+    preset: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -180,10 +182,14 @@ def _efficiency(cell: Cell, decoder: DecoderShape | None) -> dict[str, Any] | No
 
 def _rivals(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
     """Each learned row with the best training-free row of the same benchmark and ratio."""
+
+    def place(cell: Cell) -> tuple[str, float, str | None]:
+        # On other clips than its source's a preset keeps another share than it says: it is a place of its own.
+        return cell.benchmark, cell.retained_ratio, cell.preset
+
     pairs = []
     for cell in cells:
-        place = (cell.benchmark, cell.retained_ratio)
-        rivals = [c for c in cells if c.kind == "training-free" and c.ok and (c.benchmark, c.retained_ratio) == place]
+        rivals = [c for c in cells if c.kind == "training-free" and c.ok and place(c) == place(cell)]
         if cell.kind == "learned" and cell.ok and rivals:
             pairs.append((cell, max(rivals, key=lambda c: sum(a.correct for a in c.answers) / len(c.answers))))
     return pairs

@@ -95,7 +95,8 @@ class Evaluation:
         self._compressors: list[Compressor | None] = []
         for method in methods:
             for ratio in method.ratios(ratios):
-                self.results.cells.append(Cell(method.label, method.kind, benchmark.name, ratio))
+                preset = None if method.preset is None else method.preset.name
+                self.results.cells.append(Cell(method.label, method.kind, benchmark.name, ratio, preset=preset))
                 self._compressors.append(self._build(method, ratio))
 
     def run(self) -> Results:
