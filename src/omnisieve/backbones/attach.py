@@ -8,10 +8,9 @@ know belongs to its thread, so several generations may run at once.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -19,53 +18,25 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from omnisieve.backbones.adapter import Adapter, BackboneError, adapter_for, arrange
 from omnisieve.backbones.answers import answer_rows, take_rows
-from omnisieve.backbones.deepstack import VISUAL, install_deepstack, is_given, take_over
+from omnisieve.backbones.arguments import cache_of, check_arguments, padding_side_of
+from omnisieve.backbones.deepstack import install_deepstack, take_over
 from omnisieve.backbones.estimator import Estimator
+from omnisieve.backbones.flow import Answers, Expected, Flow
 from omnisieve.backbones.gated_attention import GatedAttentionSwitch, gated_attention_switch
 from omnisieve.backbones.inner import STATE, DecodeStep, HeldPrompt, InnerRun, Kept, before_layer, inner_run
-from omnisieve.backbones.router_mask import RouterMask, asked_for_router_logits
+from omnisieve.backbones.router_mask import RouterMask
 from omnisieve.backbones.saliency import install_saliency
 from omnisieve.compressors.base import Compressor, Need
 from omnisieve.compressors.inner import InnerCompressor
-from omnisieve.layout import MEDIA, Modality, TokenLayout
-from omnisieve.plan import PaddingSide, Plan
+from omnisieve.layout import TokenLayout
+from omnisieve.plan import Plan
 
 _attached: WeakSet[nn.Module] = WeakSet()
 # Attribute of the cache that holds its `HeldPrompt`.
 _PROMPT = "omnisieve_prompt"
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What the caller said about the next forward."""
-
-    layout: TokenLayout | None = None
-    needs: Mapping[Need, Tensor] | None = None
-    labels: Tensor | None = None
-    answer_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Labels of the latest forward: of the rows that enter the decoder, or what `run` makes of them behind it."""
-
-    labels: Tensor
-    count: int
-    run: InnerRun | None
-
-
-class _Flow(threading.local):
-    """What one forward hands from hook to hook."""
-
-    def __init__(self) -> None:
-        self.expected = _Expected()
-        self.input_ids: Tensor | None = None
-        self.saliency: dict[Need, Tensor] = {}
-        self.answers: _Answers | None = None
 
 
 class Attachment:
@@ -92,7 +63,7 @@ class Attachment:
         self.last_layout: TokenLayout | None = None
         self.targets: Tensor | None = None
         self._last_run: InnerRun | None = None
-        self._flow = _Flow()
+        self._flow = Flow()
         self._router_mask = RouterMask()
         self._switch = switch
         self._paused = False
@@ -132,7 +103,7 @@ class Attachment:
                 answer token of the batch, and `targets` holds the tokens.
             answer_tokens: N, counted on the host.
         """
-        self._flow.expected = _Expected(layout, needs, labels, answer_tokens)
+        self._flow.expected = Expected(layout, needs, labels, answer_tokens)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -218,7 +189,7 @@ class Attachment:
     def _prefill(self, cache: Any, embeds: Tensor, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
         if hasattr(cache, _PROMPT):
             delattr(cache, _PROMPT)  # the cache was reset and serves another prompt
-        expected, self._flow.expected = self._flow.expected, _Expected()
+        expected, self._flow.expected = self._flow.expected, Expected()
         labels = expected.labels
         plan = run = None
         if not self._paused:
@@ -231,7 +202,7 @@ class Attachment:
         self._flow.saliency.clear()
         self._switch.set(plan is not None and plan.candidates is not None)
         if labels is not None:
-            self._flow.answers = _Answers(labels, expected.answer_tokens, run)
+            self._flow.answers = Answers(labels, expected.answer_tokens, run)
 
     # Steps of a prefill.
 
@@ -291,9 +262,9 @@ class Attachment:
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Replace the decoder's arguments; returns the compressed labels."""
-        _check_arguments(self.adapter, run, layout, kwargs)
-        cache = self._cache(plan, cache, kwargs)
-        side = _padding_side(layout, cached=cache is not None)
+        check_arguments(self.adapter, run, layout, kwargs)
+        cache = cache_of(self.adapter, plan, cache, kwargs)
+        side = padding_side_of(layout, cached=cache is not None)
         compressed = plan.apply(embeds, position_ids=kwargs.get("position_ids"), labels=labels, padding_side=side)
         take_over(kwargs, compressed.index, compressed.attention_mask)
         self._router_mask.follow(compressed.attention_mask)
@@ -312,23 +283,6 @@ class Attachment:
         if compressed.key_gate is not None:
             kwargs["key_gate"] = compressed.key_gate
         return compressed.labels if run is None else labels
-
-    def _cache(self, plan: Plan, cache: Any, kwargs: dict[str, Any]) -> DynamicCache | None:
-        """The cache of this forward, made here when the decoder would make one, so that decoding finds its state."""
-        if plan.candidates is not None:
-            if cache is not None:
-                raise BackboneError("the masked route is for training: call the model without past_key_values")
-            kwargs["use_cache"] = False
-            return None
-        use_cache = kwargs.get("use_cache")
-        if cache is None and (self.adapter.decoder.config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.decoder.config)
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise BackboneError(
-                f"{type(cache).__name__} has a fixed length or layout: generate with the default dynamic cache "
-                "(no cache_implementation)"
-            )
-        return cache
 
     def _has_media(self, ids: Tensor) -> bool:
         return any(bool((ids == token_id).any()) for token_id in self.adapter.token_ids.values())
@@ -372,29 +326,3 @@ def attach(model: nn.Module, compressor: Compressor, estimator: Estimator | None
         hooks.callback(_attached.discard, adapter.decoder)
         attachment._install(hooks)
         yield attachment
-
-
-def _check_arguments(adapter: Adapter, run: InnerRun | None, layout: TokenLayout, kwargs: dict[str, Any]) -> None:
-    """Refuse what the decoder cannot do with fewer tokens."""
-    if adapter.speaks and kwargs.get("output_hidden_states"):
-        raise BackboneError("speech needs the states of all tokens: generate with generation_mode='text'")
-    if kwargs.get("position_ids") is None and layout.counts(*MEDIA).any():
-        raise BackboneError("give position_ids [3, B, S] beside inputs_embeds: the model would count kept tokens anew")
-    if adapter.deepstack_layers and not is_given(kwargs) and layout.counts(*VISUAL).any():
-        raise BackboneError(
-            "this model also adds visual features behind its first layers: when you give inputs_embeds, call it inside "
-            "`with adapter.deepstack(features, layout)`"
-        )
-    if run is not None and asked_for_router_logits(kwargs):
-        raise BackboneError(
-            "output_router_logits: the stock load-balancing loss wants the same tokens in all layers, and "
-            "this compressor drops some inside the LLM"
-        )
-
-
-def _padding_side(layout: TokenLayout, *, cached: bool) -> PaddingSide:
-    """Where the padding of a ragged result goes: where the input has it, else left to decode on, right to train."""
-    padding = layout.modality == Modality.PADDING
-    if padding[:, 0].any():
-        return "left"
-    return "right" if padding[:, -1].any() or not cached else "left"
