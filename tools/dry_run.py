@@ -13,14 +13,14 @@ import sys
 
 import numpy as np
 import torch
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnisieve.backbones import Estimator, adapter_for
+from omnisieve.backbones import Adapter, Estimator, adapter_for
+from omnisieve.backbones.families import family_of
 from omnisieve.backbones.reference import SHAPES, reference_config
 from omnisieve.compressors import CompressorError, build_compressor
 from omnisieve.config import ConfigError, TrainConfig, read_config
 from omnisieve.data.batch import Batch, Features
-from omnisieve.data.tokens import TokenRules, VideoRun, expand
+from omnisieve.data.tokens import VideoRun, expand
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.training.objective import TrainingModule
 
@@ -36,9 +36,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the clip, with sound, 16:9")
     args = parser.parse_args(argv)
     config = read_config(TrainConfig, args.config)
+    shapes = reference_config(args.shapes)
+    family = family_of(shapes.model_type)
+    assert family is not None, "there are shapes of supported families only"
     torch.set_default_dtype(getattr(torch, config.model.dtype))
     with torch.device("meta"):
-        backbone = Qwen2_5OmniThinkerForConditionalGeneration(reference_config(args.shapes))
+        backbone = family.thinker(shapes)
     torch.set_default_dtype(torch.float32)
     backbone.eval().requires_grad_(False)
     width = adapter_for(backbone).hidden_size
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> int:
         distill_weight=train.distill_weight,
         gradient_checkpointing=train.gradient_checkpointing,
     ).train()
-    batch = clip(adapter_for(backbone).token_rules(), width, config, args.seconds)
+    batch = clip(adapter_for(backbone), config, args.seconds)
     with module.attached():
         loss = module(batch)["loss"]
         loss.backward()
@@ -62,10 +65,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def clip(rules: TokenRules, width: int, config: TrainConfig, seconds: float) -> Batch:
+def clip(adapter: Adapter, config: TrainConfig, seconds: float) -> Batch:
     """`micro_batch_size` equal clips with cached features, as the data side would hand them over."""
+    rules = adapter.token_rules()
     grids = min(int(seconds * config.data.fps), config.data.max_frames) // rules.temporal_patch_size
-    per_side = config.data.max_pixels / 28**2 / (16 * 9)
+    side = adapter.visual.config.patch_size * rules.spatial_merge_size
+    per_side = config.data.max_pixels / side**2 / (16 * 9)
     rows, columns = int(9 * per_side**0.5), int(16 * per_side**0.5)
     patches = (grids, rows * rules.spatial_merge_size, columns * rules.spatial_merge_size)
     mel = int(min(seconds, config.data.audio.max_seconds) * MEL_FRAMES_PER_SECOND)
@@ -78,7 +83,7 @@ def clip(rules: TokenRules, width: int, config: TrainConfig, seconds: float) -> 
     dtype = getattr(torch, config.model.dtype)
 
     def rows_of(modality: Modality) -> torch.Tensor:
-        return torch.empty(int(layout.counts(modality).sum()), width, dtype=dtype)
+        return torch.empty(int(layout.counts(modality).sum()), adapter.hidden_size, dtype=dtype)
 
     return Batch(
         input_ids=torch.from_numpy(one.input_ids).expand(size, -1),
@@ -86,7 +91,11 @@ def clip(rules: TokenRules, width: int, config: TrainConfig, seconds: float) -> 
         labels=torch.from_numpy(one.labels).expand(size, -1),
         position_ids=torch.from_numpy(one.position_ids)[:, None].expand(-1, size, -1),
         layout=layout,
-        features=Features(video=rows_of(Modality.VIDEO), audio=rows_of(Modality.AUDIO)),
+        features=Features(
+            video=rows_of(Modality.VIDEO),
+            audio=rows_of(Modality.AUDIO),
+            extra={name: rows_of(Modality.VIDEO) for name in adapter.deepstack_names("video")},
+        ),
         answer_tokens=(ANSWER_TOKENS,) * size,
     ).to("meta")
 

@@ -122,10 +122,10 @@ class Adapter:
 
     def _vision(self, kind: str, pixels: Tensor, grids: Tensor | None, extra: dict[str, Tensor]) -> Tensor:
         features = getattr(self.thinker, f"get_{kind}_features")(pixels, grids, return_dict=True)
-        for place in range(len(self.deepstack_layers)):
+        for place, name in enumerate(self.deepstack_names(kind)):
             rows = features.deepstack_features[place]
             # Older versions do not split them by item.
-            extra[_deepstack_name(kind, place)] = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
+            extra[name] = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
         return torch.cat(list(features.pooler_output))
 
     def merge(self, input_ids: Tensor, features: Features) -> Tensor:
@@ -159,11 +159,15 @@ class Adapter:
         image, video = (self._deepstack(features, kind, layout) for kind in VISUAL)
         return hand_over(self.decoder, image, video, layout)
 
+    def deepstack_names(self, kind: str) -> list[str]:
+        """What the deepstack features of each layer are called in `Features.extra`; `kind` is "video" or "image"."""
+        return [f"{kind}/deepstack.{place}" for place in range(len(self.deepstack_layers))]
+
     def _deepstack(self, features: Features, modality: Modality, layout: TokenLayout) -> list[Tensor]:
         """[N, D] for each deepstack layer; nothing where a batch has no such token."""
         if not layout.counts(modality).any():
             return []
-        names = [_deepstack_name(modality.name.lower(), place) for place in range(len(self.deepstack_layers))]
+        names = self.deepstack_names(modality.name.lower())
         if missing := [name for name in names if name not in features.extra]:
             raise BackboneError(f"the cached features hold no {missing}, which this model needs: cache them again")
         return [features.extra[name] for name in names]
@@ -228,11 +232,6 @@ class Adapter:
 def feature_name(need: Need) -> str:
     """Name of a statistic in `Features.extra`."""
     return f"{need.modality.name.lower()}/{need.kind}.{need.span}"
-
-
-def _deepstack_name(kind: str, place: int) -> str:
-    """Name of a layer's deepstack features in `Features.extra`."""
-    return f"{kind}/deepstack.{place}"
 
 
 def arrange(values: Tensor | None, need: Need, layout: TokenLayout) -> Tensor:

@@ -64,6 +64,11 @@ FAMILIES = (
 )
 
 
+def family_of(model_type: str) -> Family | None:
+    """The family of a config's `model_type`, thinker or whole."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
 def supported_classes() -> str:
     """For messages."""
     return ", ".join(model.__name__ for family in FAMILIES for model in (family.thinker, family.whole))

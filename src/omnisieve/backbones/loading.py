@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from omnisieve.backbones.adapter import BackboneError
-from omnisieve.backbones.families import FAMILIES
+from omnisieve.backbones.families import FAMILIES, family_of
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -43,12 +43,13 @@ def load_backbone(
         raise BackboneError(
             f"{path} is neither a folder nor a model that the hub, or its local cache, has: {error}"
         ) from error
-    families = {name: family for family in FAMILIES for name in family.model_types}
-    if model_type not in families:
-        raise BackboneError(f"{path} is a {model_type!r}; supported are {', '.join(families)}")
+    family = family_of(model_type)
+    if family is None:
+        known = ", ".join(name for family in FAMILIES for name in family.model_types)
+        raise BackboneError(f"{path} is a {model_type!r}; supported are {known}")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     try:
-        model: Any = families[model_type].thinker.from_pretrained(str(path), **options)
+        model: Any = family.thinker.from_pretrained(str(path), **options)
     except ImportError as error:
         raise BackboneError(
             f"attn_implementation {attn_implementation!r} cannot be used: {error} Install it, or choose 'sdpa'"

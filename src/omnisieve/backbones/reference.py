@@ -1,14 +1,17 @@
 """The shapes of the released models, for dry runs and cost figures where no weights can be had.
 
-The library default of `Qwen2_5OmniThinkerConfig` is not the 7B model: its vision tower is wider than the released
-one, and M-RoPE sections and the vision start token are missing.
+The library defaults are not these models: the vision tower of `Qwen2_5OmniThinkerConfig` is wider than the released
+one, `Qwen3OmniMoeThinkerConfig` has fewer layers and 25 rope ids per second, and M-RoPE sections and the vision start
+token are missing in both.
 """
 
 from __future__ import annotations
 
-from transformers import Qwen2_5OmniThinkerConfig
+from typing import Any
 
-_TEXT = {
+from transformers import PretrainedConfig, Qwen2_5OmniThinkerConfig, Qwen3OmniMoeThinkerConfig
+
+_QWEN2_5_TEXT = {
     "qwen2_5_omni_7b": {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -26,21 +29,47 @@ _TEXT = {
         "vocab_size": 151936,
     },
 }
-SHAPES = tuple(_TEXT)
+_QWEN3_TEXT = {
+    "qwen3_omni_30b_a3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "vocab_size": 152064,
+        "max_position_embeddings": 65536,
+    },
+}
+SHAPES = (*_QWEN2_5_TEXT, *_QWEN3_TEXT)
+_VISION_TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
 
 
-def reference_config(name: str) -> Qwen2_5OmniThinkerConfig:
+def reference_config(name: str) -> PretrainedConfig:
     """The thinker's config of a released model.
 
     Args:
-        name: "qwen2_5_omni_7b" or "qwen2_5_omni_3b".
+        name: "qwen2_5_omni_7b", "qwen2_5_omni_3b" or "qwen3_omni_30b_a3b".
 
     Raises:
         ValueError: for another name.
     """
-    if name not in _TEXT:
-        raise ValueError(f"no reference shapes for {name!r}; known are {', '.join(_TEXT)}")
-    text = _TEXT[name]
+    if name in _QWEN2_5_TEXT:
+        return _qwen2_5(_QWEN2_5_TEXT[name])
+    if name in _QWEN3_TEXT:
+        return _qwen3(_QWEN3_TEXT[name])
+    raise ValueError(f"no reference shapes for {name!r}; known are {', '.join(SHAPES)}")
+
+
+def _qwen2_5(text: dict[str, Any]) -> PretrainedConfig:
     rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
     return Qwen2_5OmniThinkerConfig(
         text_config={**text, "rope_parameters": rope, "tie_word_embeddings": False},
@@ -63,13 +92,44 @@ def reference_config(name: str) -> Qwen2_5OmniThinkerConfig:
             "n_window": 100,
             "output_dim": text["hidden_size"],
         },
-        image_token_id=151655,
-        video_token_id=151656,
         audio_token_id=151646,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
         audio_start_token_id=151647,
         audio_end_token_id=151648,
         position_id_per_seconds=25,
         seconds_per_chunk=2,
+        **_VISION_TOKENS,
+    )
+
+
+def _qwen3(text: dict[str, Any]) -> PretrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    return Qwen3OmniMoeThinkerConfig(
+        text_config={**text, "rope_parameters": rope, "tie_word_embeddings": False},
+        vision_config={
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+            "out_hidden_size": text["hidden_size"],
+        },
+        audio_config={
+            "d_model": 1280,
+            "encoder_layers": 32,
+            "encoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120,
+            "num_mel_bins": 128,
+            "n_window": 50,
+            "n_window_infer": 800,
+            "downsample_hidden_size": 480,
+            "output_dim": text["hidden_size"],
+        },
+        audio_token_id=151675,
+        audio_start_token_id=151669,
+        audio_end_token_id=151670,
+        position_id_per_seconds=13,
+        seconds_per_chunk=2,
+        **_VISION_TOKENS,
     )
