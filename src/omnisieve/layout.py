@@ -8,7 +8,7 @@ planning never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, Literal
@@ -204,6 +204,15 @@ class TokenLayout:
             groups: G.
         """
         return self._segments(*_pack(owner, groups))
+
+    def derived(self, key: tuple[Hashable, ...], build: Callable[[], np.ndarray]) -> Tensor:
+        """An array on the device that follows from the layout, built and uploaded on first use.
+
+        Args:
+            key: names the array and everything else that it depends on, a method's settings for instance.
+            build: makes it on the host.
+        """
+        return self._upload(("derived", *key), build)
 
     def places(self, segments: Segments) -> np.ndarray:
         """Number of each segment within its media item, [B, G] int64 on the host.

@@ -20,6 +20,11 @@ HIDDEN, HEAD = 16, 8
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dash": [{}, {"min_segment": 4, "boundary_bonus": 0.3}, {"scope": "file", "min_segment": 7, "threshold": 0.0}],
     "fastvid": [{}, {"variant": "qwen", "scenes": 2}, {"scenes": 1, "scene_similarity": -1.0}],
+    "omnidrop": [
+        {},
+        {"normalize": "max", "query": "all_text", "l_div": 2},
+        {"schedule": "exponential", "lambda_div": 0.0},
+    ],
     "omnisift": [
         {"video_pruner": pruner, "width": 32, "heads": 4, "pruner_channels": 8} for pruner in ("learned", "similarity")
     ],
@@ -28,6 +33,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"variant": "units"},
         {"variant": "paper"},
         {"scope": "file", "merge_scope": "file", "merge_group": 15},
+    ],
+    "seats": [
+        {},
+        {"next_layer": True, "normalize_scores": "length", "attention_weighted": False},
+        {"late_removal": False, "normalize_scores": "zscore", "tau": 0.3},
+        {"steps": "equal", "lambda_": 1.3},
     ],
     "stvp": [{"audio_novelty": 0.3}],
 }
@@ -49,6 +60,8 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("stvp", {}),
     ("visionzip", {}),
     ("visionzip_om", {}),
+    ("windivprune", {}),
+    ("windivprune", {"attention_weighted": False}),
 ]
 ALL = [(name, fields) for name in list_compressors() for fields in VARIANTS.get(name, [{}])]
 METHODS = [case for case in ALL if not issubclass(compressor_type(case[0]), InnerCompressor)]

@@ -7,6 +7,7 @@ from omnisieve.compressors import (  # noqa: F401  registers the methods
     fastv,
     fastvid,
     full,
+    omnidrop,
     omnisift,
     omnizip,
     random,

@@ -16,6 +16,7 @@ from omnisieve.ops.budget import round_count
 
 Transitions = tuple[int, int, int, int]
 FRACTIONS = tuple(layer / 28 for layer in (16, 19, 21, 24))
+TINY = 1e-12
 PUBLISHED_TRANSITIONS: dict[int, Transitions] = {28: (16, 19, 21, 24), 48: (27, 32, 36, 40)}
 """L_s, L_m1, L_m2 and L_l of SEATS by depth (section 5.1)."""
 
@@ -134,39 +135,54 @@ class BlockDecay:
 
 @dataclass(frozen=True)
 class ProgressivePruning:
-    """OmniDrop's schedule (section 3.1): layer l of 0 to L - 2 prunes the share p_l of what it processed.
+    """OmniDrop's schedule (section 3.1): after layer l of 0 to L - 2 the share p_l of what it processed is pruned.
 
     Attributes:
         num_layers: L.
-        p_init, p_final: the shares pruned at the ends.
         beta, t_mid: slope and midpoint of the sigmoid, over the depth scaled to [0, 1].
         shape: "sigmoid", or "exponential": p_init (p_final / p_init)^(l / (L - 2)), which needs p_init > 0.
     """
 
     num_layers: int
-    p_init: float
-    p_final: float
     beta: float = 20.0
     t_mid: float = 0.5
     shape: Literal["sigmoid", "exponential"] = "sigmoid"
 
-    @property
-    def rates(self) -> np.ndarray:
-        """p_l, [L - 1]."""
+    def rates(self, p_init: np.ndarray | float, p_final: np.ndarray | float) -> np.ndarray:
+        """p_l, [..., L - 1], from the shares pruned at the ends, [...] each."""
+        first, last = (np.asarray(p, dtype=np.float64)[..., None] for p in (p_init, p_final))
         depth = np.arange(self.num_layers - 1) / max(self.num_layers - 2, 1)
         if self.shape == "exponential":
-            return self.p_init * (self.p_final / self.p_init) ** depth
-        return self.p_init + (self.p_final - self.p_init) / (1 + np.exp(-self.beta * (depth - self.t_mid)))
+            return first * (last / first) ** depth
+        return first + (last - first) / (1 + np.exp(-self.beta * (depth - self.t_mid)))
 
-    @property
-    def retention(self) -> np.ndarray:
-        """What each layer processes of what enters the LLM, [L]: r_l / r_0."""
-        return np.concatenate([[1.0], np.cumprod(1 - self.rates)])
+    def retention(self, p_init: np.ndarray | float, p_final: np.ndarray | float) -> np.ndarray:
+        """r_l / r_0, [..., L]: what each layer processes of what enters the LLM."""
+        left = np.cumprod(1 - self.rates(p_init, p_final), axis=-1)
+        return np.concatenate([np.ones_like(left[..., :1]), left], axis=-1)
+
+    def solve(self, mean: np.ndarray, p_init: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """p_init and p_final, [B] each, that retain `mean` [B] on average over layers.
+
+        Unless it is given, p_init is 0.02 where the mean is below 0.6, else 0; of the exponential schedule, which
+        cannot start at 0, it falls to nothing as the mean rises to 1. Where even p_final = 1 retains too much, p_init
+        rises, as the paper suggests for extreme pruning. What a given p_init leaves out of reach is approached.
+        """
+        gentle = np.where(mean < 0.6, 0.02, 0.0)
+        if self.shape == "exponential":
+            gentle = np.clip(0.02 * (1 - mean) / 0.4, TINY, 0.02)
+        start = np.broadcast_to(np.asarray(gentle if p_init is None else p_init, dtype=np.float64), mean.shape)
+        end = _fall_to(mean, lambda p: self.retention(start, p).mean(axis=-1), np.full(mean.shape, TINY))
+        extreme = self.retention(start, end).mean(axis=-1) > mean + 1e-9
+        raised = _fall_to(mean, lambda p: self.retention(p, np.ones(mean.shape)).mean(axis=-1), start)
+        return np.where(extreme, raised, start), end
 
 
-def bisect(function: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Where a falling function meets `target`; the nearer end of the range where it does not."""
+def _fall_to(target: np.ndarray, function: Callable[[np.ndarray], np.ndarray], low: np.ndarray) -> np.ndarray:
+    """Where a falling function meets its target between `low` and 1, [B]; the nearer end where it does not."""
+    high = np.ones_like(low)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) > target else (low, middle)
+        above = function(middle) > target
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
     return (low + high) / 2

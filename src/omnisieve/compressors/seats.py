@@ -28,13 +28,13 @@ from torch import Tensor
 from omnisieve.compressors.base import Budget, Compressor, CompressorError, Needs, UnreachableRatioError, register
 from omnisieve.compressors.inner import Cut, InnerCompressor, InnerSettings, KvPolicy, ScoreAt
 from omnisieve.compressors.layer_schedules import BlockDecay, Transitions, transitions
+from omnisieve.compressors.ratios import RATIOS
 from omnisieve.compressors.topdown import select_top_down
 from omnisieve.compressors.windivprune import WinDivPrune, WinDivPruneSettings
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.budget import round_count
 from omnisieve.plan import Plan
 
-RATIOS = ("retained_ratio", "video_ratio", "audio_ratio")
 logger = logging.getLogger(__name__)
 
 
@@ -75,6 +75,8 @@ class SeatsSettings(InnerSettings):
         if self.lambda_ < 1 or self.tau <= 0:
             raise CompressorError(f"seats: lambda_ is {self.lambda_}, tau {self.tau}; need lambda_ >= 1 and tau > 0")
         if self.transition_layers is not None:
+            # A list, from YAML, has no hash.
+            object.__setattr__(self, "transition_layers", tuple(self.transition_layers))
             start, middle, deep, late = self.transition_layers
             if not 1 <= start < middle < deep < late:
                 raise CompressorError(f"seats: transition_layers {self.transition_layers} must increase from 1 on")
@@ -159,7 +161,8 @@ class Seats(InnerCompressor):
             present = torch.stack([(alive & layout.mask(modality)).sum(dim=1) for modality in MEDIA], dim=1)
             kept = (present.double() * ratio).round().long().clamp(min=1)
         else:
-            kept = torch.from_numpy(self._levels(layout)[cut + 1].T).to(scores.device, non_blocking=True)
+            levels = layout.derived((self.name, self.settings, self.num_layers), lambda: self._levels(layout))
+            kept = levels[cut + 1].T
         video, audio = (layout.segments("run" if self.official else "window", modality) for modality in MEDIA)
         scores = self._normalized(scores, alive, layout)
         return select_top_down(

@@ -7,6 +7,7 @@ does, every two grids and every 50 audio tokens, and keeps max(1, round(ratio * 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from omnisieve.compressors.base import Compressor, Need, Needs, Settings, register
-from omnisieve.layout import MEDIA, Modality, Segments, TokenLayout
+from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
 from omnisieve.ops.diversity import maxmin_mask
 from omnisieve.plan import Plan
 
-PUBLISHED_WINDOW = {Modality.VIDEO: ("frames", 2), Modality.AUDIO: ("flat", 50)}
+PUBLISHED_WINDOW: Mapping[Modality, tuple[SegmentKind, int]] = {
+    Modality.VIDEO: ("frames", 2),
+    Modality.AUDIO: ("flat", 50),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

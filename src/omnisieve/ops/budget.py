@@ -40,3 +40,19 @@ def largest_remainder(total: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     order = np.argsort(-remainder, axis=1, kind="stable")
     rank = np.argsort(order, axis=1, kind="stable")
     return quota + (rank < (total - quota.sum(axis=1))[:, None])
+
+
+def round_to_sum(targets: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Round real numbers to integers with an exact sum, by largest remainder.
+
+    Args:
+        targets: [B, G], at least 0; row sums equal to `total` up to rounding errors.
+        total: [B] int.
+
+    Returns:
+        [B, G] int64. Of equal remainders the earlier wins, so that falling targets stay falling.
+    """
+    whole = np.floor(targets + GUARD).astype(np.int64)
+    order = np.argsort(whole - targets, axis=1, kind="stable")
+    rank = np.argsort(order, axis=1, kind="stable")
+    return whole + (rank < (total - whole.sum(axis=1))[:, None])
