@@ -23,7 +23,7 @@ from tests.backbones.inner_reference import Reference, Step
 from tests.backbones.test_attach import MIXED, hooks_of
 from tests.backbones.test_gradients import ANSWER, answers
 from tests.backbones.toys import norm_compressor, stock_prompt
-from tests.models import FAMILIES, FIRST_WORD, HIDDEN, SILENT, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
+from tests.models import FAMILIES, FIRST_WORD, HIDDEN, PICTURE, SILENT, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
 
 LAYERS, STEPS = 6, 32
 POLICIES = ("keep_as_processed", "prune_all_layers")
@@ -281,6 +281,23 @@ def test_several_tokens_on_top_are_refused(thinker):
         cache = thinker(**inputs).past_key_values
         with pytest.raises(BackboneError, match="several tokens on top of a compressed prompt"):
             thinker(input_ids=torch.full((1, 2), FIRST_WORD), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_partitioned_weights_are_asked_for_alike_whatever_the_samples_hold(monkeypatch, name):
+    """Under ZeRO-3 ranks wait for each other at every module."""
+    model, calls = tiny_thinker(layers=LAYERS), []
+    for path, module in adapter_for(model).decoder.named_modules():
+        module.register_forward_pre_hook(lambda module, args, path=path: calls.append(path))
+    monkeypatch.setattr("omnisieve.backbones.inner.is_partitioned", lambda decoder: True)
+    sequences = []
+    with torch.no_grad(), attach(model, COMPRESSORS[name]()):
+        for items in ([SOUNDING], [SILENT], [PICTURE], []):
+            calls.clear()
+            model(**tiny_inputs(model, [items]))
+            sequences.append(list(calls))
+    assert sequences[0].count("layers.0.self_attn.q_proj") + sequences[0].count("layers.1.self_attn.q_proj") == 3
+    assert sequences[1:] == sequences[:1] * 3
 
 
 # Training.

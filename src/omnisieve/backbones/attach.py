@@ -74,8 +74,9 @@ class Attachment:
 
     @compressor.setter
     def compressor(self, compressor: Compressor) -> None:
-        inner = isinstance(compressor, InnerCompressor)
-        self._compressor = compressor.for_depth(len(self.adapter.layers)) if inner else compressor
+        if isinstance(compressor, InnerCompressor):
+            compressor = compressor.for_depth(len(self.adapter.layers))
+        self._compressor = compressor
 
     @property
     def layout(self) -> TokenLayout | None:

@@ -143,16 +143,16 @@ class InnerRun:
         self._cuts, self._counts = compressor.cuts(), compressor.counts(layout)
         self._exact, self._fixed = plan.exact, layout.counts(Modality.TEXT, Modality.IMAGE)
         before = np.concatenate([(plan.kept - self._fixed)[None], self._counts])[: len(self._cuts)]
-        biting = (self._counts < before).any(axis=1)
+        removed, always = (before - self._counts).sum(axis=1), is_partitioned(decoder)
         # By the layer that the pruned states enter.
-        self._cut_at = {cut.after + 1: number for number, cut in enumerate(self._cuts) if biting[number]}
+        self._cut_at = {cut.after + 1: number for number, cut in enumerate(self._cuts) if removed[number] or always}
         self._scores: dict[int, Tensor] = {}
         self._kept: dict[int, Kept] = {}
         self._arguments: tuple[Kept, dict[str, Any]] | None = None
 
     @property
     def idle(self) -> bool:
-        """Whether no cut removes anything."""
+        """Whether there is nothing to do."""
         return not self._cut_at
 
     def start(self, kept: Kept, prompt: HeldPrompt, side: PaddingSide, *, masked: bool, labels: Tensor | None) -> None:
@@ -291,6 +291,11 @@ def inner_run(compressor: Compressor, decoder: Any, layout: TokenLayout, plan: P
         return None
     run = InnerRun(compressor, decoder, layout, plan)
     return None if run.idle else run
+
+
+def is_partitioned(decoder: Any) -> bool:
+    """Whether ZeRO-3 has spread the weights: then every rank must call the same modules, whatever its samples hold."""
+    return any(hasattr(parameter, "ds_id") for parameter in decoder.layers[0].parameters())
 
 
 def _prune_cache(cache: Any, layers: int, rows: Tensor) -> None:
