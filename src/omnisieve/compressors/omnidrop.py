@@ -235,7 +235,7 @@ class OmniDrop(InnerCompressor):
         last = window.amax(dim=1, keepdim=True).clamp(min=1)
         if self.settings.normalize == "max":
             scores = scores / best.amax(dim=1, keepdim=True).clamp(min=1e-30)
-        return (scores + self.settings.lambda_div * distance / last).masked_fill(safe, torch.inf)
+        return (scores.double() + self.settings.lambda_div * distance / last).masked_fill(safe, torch.inf)
 
     def _ends(self, entering: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """p_init and p_final of each sample, [B] each.
