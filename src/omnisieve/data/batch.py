@@ -70,7 +70,7 @@ class Sample:
         id: the manifest line's id (its line number when it has none).
         input_ids: [S] long.
         labels: [S] long, the token's own id where it belongs to an answer, -100 elsewhere (not shifted).
-        position_ids: [3, S] long, temporal, height and width rope ids.
+        position_ids: [3, S] long, or float32 where ids may be fractions: temporal, height and width rope ids.
         tokens: what each token is.
         videos, images: patches in sequence order (empty with `features`).
         audios: mel spectrograms [mel bins, mel frames] in sequence order, a video's sound at its place.
@@ -103,7 +103,7 @@ class Batch:
 
     Attributes:
         input_ids, attention_mask, labels: [B, S] long; labels are -100 outside answers and are not shifted.
-        position_ids: [3, B, S] long, computed per sample: silent and sounding videos may share a batch.
+        position_ids: [3, B, S], computed per sample: silent and sounding videos may share a batch.
         layout: what each token is, on the host.
         pixel_values_videos: [patches, dim] of all videos. video_grid_thw: [videos, 3] long.
         video_second_per_grid: [videos] float.
