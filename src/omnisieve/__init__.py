@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omnisieve.artifact import load_compressor, save_compressor
     from omnisieve.backbones import attach, load_backbone
-    from omnisieve.compressors import build_compressor, list_compressors
+    from omnisieve.compressors import build_compressor, list_compressors, list_presets
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "attach",
     "build_compressor",
     "list_compressors",
+    "list_presets",
     "load_backbone",
     "load_compressor",
     "save_compressor",
@@ -32,6 +33,7 @@ _HOMES = {
     "attach": "omnisieve.backbones",
     "build_compressor": "omnisieve.compressors",
     "list_compressors": "omnisieve.compressors",
+    "list_presets": "omnisieve.compressors",
     "load_backbone": "omnisieve.backbones",
     "load_compressor": "omnisieve.artifact",
     "save_compressor": "omnisieve.artifact",

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from omnisieve.compressors import CompressorError, build_compressor, list_compressors
-from omnisieve.compressors.base import compressor_type, find_preset, list_presets
+from omnisieve.compressors import CompressorError, build_compressor, compressor_type, find_preset, list_presets
 from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.compressors.presets import Preset
 from omnisieve.layout import MEDIA, TokenLayout
 from tests.layouts import LayoutSpec, make_layout
 
 PRESETS = [find_preset(name) for name in list_presets()]
-REGISTERED = set(list_compressors())
-ANNOUNCED = {
-    "dash", "divprune", "dycoke", "dycoke_va", "fastv", "fastvid", "omnidrop", "seats", "visionzip", "visionzip_om",
-}  # fmt: skip
-"""Methods that presets may name before they are registered; from then on they are built like all others."""
 
 
 def share(preset: Preset) -> float:
@@ -27,14 +21,9 @@ def share(preset: Preset) -> float:
     return kept / (video + audio)
 
 
-def test_methods_that_cannot_be_built_are_announced() -> None:
-    named = {method for preset in PRESETS for method in preset.methods}
-    assert named - REGISTERED <= ANNOUNCED
-
-
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 def test_every_preset_builds(preset: Preset) -> None:
-    for method in set(preset.methods) & REGISTERED:
+    for method in preset.methods:
         hidden_size = 16 if compressor_type(method).learned else None
         compressor = build_compressor(method, preset=preset.name, hidden_size=hidden_size)
         assert compressor.name == method
@@ -80,7 +69,7 @@ def clip(window: tuple[int, int]) -> TokenLayout:
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p.window], ids=lambda preset: preset.name)
 def test_clips_of_the_source_keep_the_total(preset: Preset) -> None:
     layout = clip(preset.window)
-    for method in set(preset.methods) & REGISTERED:
+    for method in preset.methods:
         hidden_size = 16 if compressor_type(method).learned else None
         compressor = build_compressor(method, preset=preset.name, hidden_size=hidden_size)
         if isinstance(compressor, InnerCompressor):

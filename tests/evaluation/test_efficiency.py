@@ -31,8 +31,10 @@ from omnisieve.evaluation.efficiency import (
 from tests.layouts import LayoutSpec, make_layout
 from tests.models import HIDDEN, tiny_thinker
 
-SEVEN, THREE = (decoder_shape(reference_config(f"qwen2_5_omni_{size}").text_config) for size in ("7b", "3b"))
-THIRTY = DecoderShape(48, 2048, 32, 4, 128, 8 * 768, 152064, experts=128)
+SEVEN, THREE, THIRTY = (
+    decoder_shape(reference_config(name).text_config)
+    for name in ("qwen2_5_omni_7b", "qwen2_5_omni_3b", "qwen3_omni_30b_a3b")
+)
 TINY = DecoderShape(2, 4, 2, 1, 2, 8, 10)
 TEXT = 150
 
@@ -177,11 +179,8 @@ def test_selector_flops_are_those_of_the_selector() -> None:
 def test_shape_of_released_models() -> None:
     assert DecoderShape(28, 3584, 28, 4, 128, 18944, 152064) == SEVEN
     assert (THREE.attention_width, THREE.kv_width) == (2048, 256)
-    # Released Qwen3-Omni: 30 B parameters, 3 B active, 128-wide heads.
-    config = Qwen3OmniMoeTextConfig(
-        num_hidden_layers=48, num_attention_heads=32, head_dim=128, vocab_size=152064, moe_intermediate_size=768
-    )
-    assert decoder_shape(config) == THIRTY
+    # Eight of 128 experts, 768 wide each; heads twice as wide as D / H.
+    assert DecoderShape(48, 2048, 32, 4, 128, 8 * 768, 152064, experts=128) == THIRTY
     assert THIRTY.as_published().kv_width == 256
 
 

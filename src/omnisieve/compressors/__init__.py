@@ -25,7 +25,9 @@ from omnisieve.compressors.base import (
     UnreachableRatioError,
     build_compressor,
     compressor_type,
+    find_preset,
     list_compressors,
+    list_presets,
     register,
 )
 
@@ -38,6 +40,8 @@ __all__ = [
     "UnreachableRatioError",
     "build_compressor",
     "compressor_type",
+    "find_preset",
     "list_compressors",
+    "list_presets",
     "register",
 ]

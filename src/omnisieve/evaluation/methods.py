@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omnisieve.artifact import is_artifact, load_compressor, read_config
-from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
-from omnisieve.compressors.base import find_preset
+from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type, find_preset
 from omnisieve.compressors.presets import Preset
 from omnisieve.compressors.ratios import RATIOS
 from omnisieve.evaluation.bounds import BOUNDS, NoMedia, build_bound

@@ -11,8 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from omnisieve.artifact import load_compressor
 from omnisieve.backbones import BackboneError, Estimator, adapter_for, load_backbone
 from omnisieve.backbones.media import media_loader
-from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
-from omnisieve.compressors.base import find_preset
+from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type, find_preset
 from omnisieve.config import ConfigError, TrainConfig, check_fields
 from omnisieve.data.errors import DataError
 from omnisieve.training.distributed import Ranks
