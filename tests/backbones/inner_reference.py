@@ -57,11 +57,11 @@ class Reference:
         left, states = list(entering), embeds[list(entering)]
         scores: dict[int, dict[int, float]] = {}
         for number in range(len(self.decoder.layers)):
-            self._look(scores, number, "input", states, left, positions)
+            self._look(scores, [s for s in self.steps if s.after >= number], number, states, left, positions)
             states = self._layer(number, states, left, positions)
             if number < len(self.added):
                 states = states + self.added[number][left]
-            self._look(scores, number, "output", states, left, positions)
+            self._look(scores, [s for s in self.steps if s.after == number], number + 1, states, left, positions)
             for step in self.steps:
                 if step.after != number:
                     continue
@@ -106,14 +106,18 @@ class Reference:
         states = states + layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
         return states + layer.mlp(layer.post_attention_layernorm(states)[None])[0]
 
-    def _look(self, scores: dict, number: int, on: str, states: Tensor, left: list[int], positions: Tensor) -> None:
-        for step in self.steps:
-            if step.choose is not None and (step.layer, step.on) == (number, on):
-                normed = self.decoder.layers[number].input_layernorm(states)
-                query, key = (f(number, normed, left, positions) for f in (self._query, self._key))
-                weights = self._weights(query, key, left, left).mean(dim=0)
-                received = weights[[left.index(row) for row in step.rows]].mean(dim=0)
-                scores[step.after] = {p: float(received[i]) for i, p in enumerate(left) if p in self.media}
+    def _look(
+        self, scores: dict, steps: list[Step], depth: int, states: Tensor, left: list[int], positions: Tensor
+    ) -> None:
+        """Take the scores of those `steps` that want them on the states behind `depth` layers."""
+        for step in steps:
+            if step.choose is None or step.layer + (step.on == "output") != depth:
+                continue
+            normed = self.decoder.layers[step.layer].input_layernorm(states)
+            query, key = (f(step.layer, normed, left, positions) for f in (self._query, self._key))
+            weights = self._weights(query, key, left, left).mean(dim=0)
+            received = weights[[left.index(row) for row in step.rows]].mean(dim=0)
+            scores[step.after] = {p: float(received[i]) for i, p in enumerate(left) if p in self.media}
 
     def _weights(self, query: Tensor, key: Tensor, asking: list[int], seen: list[int]) -> Tensor:
         logits = query @ key.mT * query.shape[-1] ** -0.5

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,19 @@ from tests.backbones.inner_reference import Reference, Step
 from tests.backbones.test_attach import MIXED, hooks_of
 from tests.backbones.test_gradients import ANSWER, answers
 from tests.backbones.toys import norm_compressor, stock_prompt
-from tests.models import FAMILIES, FIRST_WORD, HIDDEN, PICTURE, SILENT, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
+from tests.models import (
+    FAMILIES,
+    FIRST_WORD,
+    HIDDEN,
+    PICTURE,
+    QWEN2_5,
+    QWEN3,
+    SILENT,
+    SOUNDING,
+    SPEECH,
+    tiny_inputs,
+    tiny_thinker,
+)
 
 LAYERS, STEPS = 6, 32
 POLICIES = ("keep_as_processed", "prune_all_layers")
@@ -53,8 +66,11 @@ def staircase(policy: str = "keep_as_processed") -> Staircase:
     return Staircase(InnerSettings(retained_ratio=0.4, kv_policy=policy))
 
 
-def fastv(policy: str = "keep_as_processed", **fields) -> Compressor:
-    return build_compressor("fastv_om", retained_ratio=0.4, kv_policy=policy, **fields)
+def registered(name: str, policy: str = "keep_as_processed", **fields) -> Compressor:
+    return build_compressor(name, retained_ratio=0.4, kv_policy=policy, **fields)
+
+
+fastv = partial(registered, "fastv_om")
 
 
 COMPRESSORS = {
@@ -62,7 +78,18 @@ COMPRESSORS = {
     "fastv_om": fastv,
     "fastv_om-late": partial(fastv, k=2, score="seats_post_layer"),
     "fastv_om-composed": partial(fastv, first="stvp"),
+    "omnidrop": partial(registered, "omnidrop"),
+    "seats": partial(registered, "seats"),
+    "seats-composed": partial(registered, "seats", first="random", next_layer=True),
 }
+FAST = (
+    *((QWEN2_5, "sdpa", name) for name in COMPRESSORS),
+    (QWEN2_5, "eager", "staircase"),
+    (QWEN3, "eager", "staircase"),
+    (QWEN3, "sdpa", "fastv_om"),
+)
+# Their selection is that of their own code, which has tests of its own; everything around it is written out.
+BY_THEIR_OWN_CHOICE = ("omnidrop", "seats", "seats-composed")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -70,10 +97,18 @@ def thinker(request):
     return tiny_thinker(layers=LAYERS, family=request.param)
 
 
-@pytest.fixture(scope="module", params=itertools.product(FAMILIES, ["sdpa", "eager"]), ids="-".join)
-def any_thinker(request):
-    family, attention = request.param
+@cache
+def any_thinker(family: str, attention: str) -> nn.Module:
     return tiny_thinker(layers=LAYERS, attention=attention, family=family)
+
+
+def everywhere(test: Callable) -> Callable:
+    """Parametrizes a test by model, attention and compressor; the fast ones hold each of these at least once."""
+    cells = [
+        pytest.param(*cell, marks=() if cell in FAST else pytest.mark.slow, id="-".join(cell))
+        for cell in itertools.product(FAMILIES, ("sdpa", "eager"), COMPRESSORS)
+    ]
+    return pytest.mark.parametrize(("family", "attention", "name"), cells)(test)
 
 
 def greedy(model, inputs, **changes):
@@ -120,6 +155,30 @@ def steps_of(name: str, modality: list[int], first: list[bool], asked: int | Non
     return [Step(full - 1, choose, full - 1, on, text[-1:])]
 
 
+def declared_steps(compressor: InnerCompressor, layout: TokenLayout, asked: int | None) -> list[Step]:
+    """The cuts that a compressor declares for one sample; it chooses, and nothing else is its own."""
+    text = [p for p, m in enumerate(layout.modality[0]) if m == Modality.TEXT and (asked is None or p < asked)]
+    last_media = max(p for p, m in enumerate(layout.modality[0]) if m in MEDIA)
+    rows = {
+        "last_text": text[-1:],
+        "text_after_media": [p for p in text if p > last_media],
+        "all_text": text,
+    }
+
+    def choose(number: int, scores: dict[int, float]) -> set[int]:
+        values, alive = torch.zeros(1, layout.length), torch.zeros(1, layout.length, dtype=torch.bool)
+        values[0, list(scores)] = torch.tensor(list(scores.values()))
+        alive[0, list(scores)] = True
+        return set((compressor.keep_after(number, values, alive, layout) & alive)[0].nonzero()[:, 0].tolist())
+
+    return [
+        Step(cut.after)
+        if cut.score is None
+        else Step(cut.after, partial(choose, number), cut.score.layer, cut.score.on, rows[cut.score.rows])
+        for number, cut in enumerate(compressor.cuts())
+    ]
+
+
 def split(total: int, sizes: dict[Modality, int]) -> dict[Modality, int]:
     """Largest remainder."""
     quotas = {m: total * size / sum(sizes.values()) for m, size in sizes.items()}
@@ -133,14 +192,18 @@ class Sample:
     """One sample, and the decoder that was written out for it."""
 
     def __init__(self, model, inputs: dict[str, Tensor], name: str, *, asked: int | None = None) -> None:
-        adapter, prompt = adapter_for(model), stock_prompt(model, inputs)
+        prompt = stock_prompt(model, inputs)
         self.embeds, self.positions = prompt["inputs_embeds"][0], inputs["position_ids"][1:, 0]
-        layout = adapter.layout(inputs["input_ids"], inputs["position_ids"])
+        with torch.no_grad(), attach(model, COMPRESSORS[name]()) as attachment:
+            model(**inputs)
+        layout, first = attachment.last_layout, attachment.last_plan.keep[0].tolist()
         modality = layout.modality[0].tolist()
-        first = COMPRESSORS[name]().first.plan(self.embeds[None], layout).keep[0].tolist()
         self.entering = [p for p, stays in enumerate(first) if stays]
         self.media = {p for p, m in enumerate(modality) if m in MEDIA}
-        self.steps = steps_of(name, modality, first, asked)
+        if name in BY_THEIR_OWN_CHOICE:
+            self.steps = declared_steps(attachment.compressor, layout, asked)
+        else:
+            self.steps = steps_of(name, modality, first, asked)
         self.added = [
             torch.zeros_like(self.embeds).masked_scatter(prompt["visual_pos_masks"][0].unsqueeze(-1), features)
             for features in prompt.get("deepstack_visual_embeds") or ()
@@ -158,23 +221,28 @@ def by_hand(model, items, name: str, policy: str) -> list[int]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", COMPRESSORS)
-def test_greedy_output_equals_that_by_hand(any_thinker, name, policy):
-    expected = [by_hand(any_thinker, items, name, policy) for items in MIXED]
-    with attach(any_thinker, COMPRESSORS[name](policy)):
-        alone = [greedy(any_thinker, tiny_inputs(any_thinker, [items]))[0] for items in MIXED]
-        together = greedy(any_thinker, tiny_inputs(any_thinker, MIXED))
+@everywhere
+def test_greedy_output_equals_that_by_hand(family, attention, name, policy):
+    model = any_thinker(family, attention)
+    expected = [by_hand(model, items, name, policy) for items in MIXED]
+    with attach(model, COMPRESSORS[name](policy)):
+        alone = [greedy(model, tiny_inputs(model, [items]))[0] for items in MIXED]
+        together = greedy(model, tiny_inputs(model, MIXED))
     assert alone == expected
     assert together == expected
 
 
-def test_ratio_one_is_bit_identical(any_thinker):
-    inputs = tiny_inputs(any_thinker, MIXED)
+@pytest.mark.parametrize("name", ["fastv_om", "omnidrop", "seats"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ratio_one_is_bit_identical(family, attention, name):
+    model = any_thinker(family, attention)
+    inputs = tiny_inputs(model, MIXED)
     with torch.no_grad():
-        logits, tokens = any_thinker(**inputs).logits, greedy(any_thinker, inputs)
-        with attach(any_thinker, build_compressor("fastv_om", retained_ratio=1.0)):
-            assert torch.equal(any_thinker(**inputs).logits, logits)
-            assert greedy(any_thinker, inputs) == tokens
+        logits, tokens = model(**inputs).logits, greedy(model, inputs)
+        with attach(model, build_compressor(name, retained_ratio=1.0)):
+            assert torch.equal(model(**inputs).logits, logits)
+            assert greedy(model, inputs) == tokens
 
 
 def test_nothing_is_left_behind(thinker):
@@ -296,7 +364,9 @@ def test_partitioned_weights_are_asked_for_alike_whatever_the_samples_hold(monke
             calls.clear()
             model(**tiny_inputs(model, [items]))
             sequences.append(list(calls))
-    assert sequences[0].count("layers.0.self_attn.q_proj") + sequences[0].count("layers.1.self_attn.q_proj") == 3
+    cuts = COMPRESSORS[name]().for_depth(LAYERS).cuts()
+    projections = sum(path.endswith("q_proj") for path in sequences[0])
+    assert projections == LAYERS + sum(cut.score is not None for cut in cuts)
     assert sequences[1:] == sequences[:1] * 3
 
 
@@ -317,19 +387,18 @@ def answered(model, inputs, compressor, *, teach: bool = False) -> Tensor:
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("name", COMPRESSORS)
-def test_answer_logits_equal_those_by_hand(any_thinker, name, padding_side):
-    expected = []
+@everywhere
+def test_answer_logits_equal_those_by_hand(family, attention, name, padding_side):
+    model, expected = any_thinker(family, attention), []
     with torch.no_grad():
         for items in MIXED:
-            inputs, adapter = tiny_inputs(any_thinker, [items]), adapter_for(any_thinker)
+            inputs, adapter = tiny_inputs(model, [items]), adapter_for(model)
             asked = inputs["input_ids"].shape[1] - ANSWER
-            sample = Sample(any_thinker, inputs, name, asked=asked)
+            sample = Sample(model, inputs, name, asked=asked)
             states, left = sample.reference(adapter.decoder).prefill(sample.embeds, sample.positions, sample.entering)
             rows = [left.index(position) for position in range(asked - 1, asked + ANSWER - 1)]
             expected.append(adapter.lm_head(states[rows]))
-        inputs = tiny_inputs(any_thinker, MIXED, padding_side=padding_side)
-        logits = answered(any_thinker, inputs, COMPRESSORS[name]())
+        logits = answered(model, tiny_inputs(model, MIXED, padding_side=padding_side), COMPRESSORS[name]())
     torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=5e-5)
 
 
