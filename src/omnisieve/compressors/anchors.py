@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from omnisieve.compressors.base import Budget, Compressor, CompressorError, Need, Needs, Settings, drop_share
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import relative_to_window
 from omnisieve.layout import Modality, SegmentKind, Segments, TokenLayout
 from omnisieve.ops.merge import merge_into_anchors, spaced_anchors
 from omnisieve.ops.similarity import unit
-from omnisieve.ops.topk import topk_mask
+from omnisieve.ops.topk import tiered, topk_mask
 from omnisieve.ops.waterfill import round_to_total, water_fill
 from omnisieve.plan import Merge
 
@@ -65,6 +66,18 @@ class AnchorSettings(Settings):
         for name, least in (("contextual_ratio", 0), ("merge_group", 0), ("neighbours", 1), ("headroom", 0)):
             if getattr(self, name) < least:
                 raise CompressorError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+class KeptAudio(NamedTuple):
+    """Audio tokens that stay, [B, S] bool each, none in both."""
+
+    best: Tensor
+    anchors: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """All of them."""
+        return self.best | self.anchors
 
 
 class AnchoredAudio(Compressor):
@@ -130,16 +143,32 @@ class AnchoredAudio(Compressor):
         anchors = np.minimum(np.minimum(anchors, size - total), total // 2)
         return total - anchors, anchors
 
-    def select_audio(self, embeds: Tensor, scores: Tensor, layout: TokenLayout) -> tuple[Tensor, Merge | None]:
-        """Kept audio tokens [B, S], and what is merged into the anchors."""
+    def choose_audio(self, scores: Tensor, layout: TokenLayout) -> KeptAudio:
+        """The best-scored audio tokens, and anchors among the rest."""
         best_count, anchor_count = self.audio_counts(layout)
         whole = layout.segments("all", Modality.AUDIO)
-        counts = torch.from_numpy(best_count[:, None]).to(embeds.device, non_blocking=True)
+        counts = torch.from_numpy(best_count[:, None]).to(scores.device, non_blocking=True)
         best = whole.scatter(topk_mask(whole.gather(scores), whole.valid, counts), False)
         if not anchor_count.any():
-            return best, None
+            return KeptAudio(best, torch.zeros_like(best))
         rest = layout.mask(Modality.AUDIO) & ~best
-        anchors = spaced_anchors(rest, layout.counts(Modality.AUDIO) - best_count, anchor_count)
+        return KeptAudio(best, spaced_anchors(rest, layout.counts(Modality.AUDIO) - best_count, anchor_count))
+
+    def rank_audio(self, kept: KeptAudio, scores: Tensor, layout: TokenLayout) -> Ranked:
+        """The best, then anchors, then the rest; each of them by score."""
+        whole = layout.segments("all", Modality.AUDIO)
+        counts = torch.from_numpy(np.sum(self.audio_counts(layout), axis=0)[:, None])
+        tier = whole.gather(2 * kept.best.long() + kept.anchors.long())
+        order = whole.scatter(tiered(tier, whole.gather(scores), whole.valid), 0.0)
+        return Ranked(whole, counts.to(scores.device, non_blocking=True), order)
+
+    def merge_audio(self, kept: KeptAudio, embeds: Tensor, layout: TokenLayout) -> Merge | None:
+        """What is merged into the anchors."""
+        anchor_count = self.audio_counts(layout)[1]
+        if not anchor_count.any():
+            return None
+        whole, anchors = layout.segments("all", Modality.AUDIO), kept.anchors
+        rest = layout.mask(Modality.AUDIO) & ~kept.best
         # Merging sees audio tokens only, [B, N].
         position = whole.index[:, 0]
         tokens, anchor, pool, likeness = (
@@ -150,7 +179,7 @@ class AnchoredAudio(Compressor):
             tokens, anchor & present, pool & present, likeness, int(anchor_count.max()), self.settings.merge_group
         )
         source, target = position.gather(1, source), position.gather(1, target)
-        return best | anchors, Merge(source, target, weight, whole.scatter(own.unsqueeze(1), 1.0))
+        return Merge(source, target, weight, whole.scatter(own.unsqueeze(1), 1.0))
 
     def _likeness(self, embeds: Tensor, layout: TokenLayout) -> Tensor:
         """Largest cosine of each audio token to the video in scope, [B, S]; -inf where there is no video."""

@@ -1,7 +1,7 @@
 """The protocol of a compressor and the registry of methods.
 
-A method is one file: a frozen dataclass of settings, and a class with `plan`. Most methods score tokens and keep
-the best of each segment; they implement `plan` with `Compressor.select` and never count.
+A method is one file: a frozen dataclass of settings, and a class. Most methods score tokens and keep the best of each
+segment; they implement `rank` and never count. Others implement `plan`, and `rank` too if they can be split so.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omnisieve.compressors.needs import Need, Needs
+from omnisieve.compressors.needs import Span as Span
 from omnisieve.compressors.presets import Preset, all_presets
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.ratios import (
     RATIOS,
     Budget,
@@ -29,69 +32,14 @@ from omnisieve.compressors.ratios import (
 from omnisieve.compressors.ratios import UnreachableRatioError as UnreachableRatioError
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
 from omnisieve.ops.budget import floor_product, largest_remainder
-from omnisieve.ops.topk import topk_mask
 from omnisieve.plan import Merge, Plan
-
-Statistic = Literal["attention_received", "mean_query_attention", "keys"]
-Span = Literal["encoder", "window", "frame", "global"]
-# What may be asked for, per kind and modality.
-_SPANS: Mapping[tuple[str, Modality], tuple[Span, ...]] = {
-    ("attention_received", Modality.VIDEO): ("encoder", "frame", "window", "global"),
-    ("attention_received", Modality.AUDIO): ("encoder", "window", "global"),
-    ("mean_query_attention", Modality.VIDEO): ("frame",),
-    ("keys", Modality.VIDEO): ("encoder",),
-    ("keys", Modality.AUDIO): ("encoder",),
-}
-
-
-@dataclass(frozen=True)
-class Need:
-    """A statistic of the encoder's last block that a method wants per media token beside the embeddings.
-
-    The mean of both attentions over a span is 1, so values of different spans do not compare. A method that ranks
-    across spans asks for a wider one, or divides by the mean of the token's window
-    (`compressors.saliency.relative_to_window`).
-
-    Attributes:
-        kind: "attention_received" [B, S]: softmax attention, mean over heads, summed over the queries of the span.
-            "mean_query_attention" [B, S]: attention of the mean query of the span to the tokens' mean keys, mean over
-            heads, times the number of tokens (FastVID's saliency for Qwen).
-            "keys" [B, S, d_head]: mean over heads, after the rotary embedding where the block has one.
-            Encoder positions that make one token are averaged; 0 outside the modality.
-        modality: of which tokens; video or audio.
-        span: which positions attend to each other. "encoder": as the block itself attends (a frame of video; of audio
-            2 s in Qwen2.5-Omni, 8 s in Qwen3-Omni); "frame": one frame, of video only; "window": two consecutive
-            frames of an item, 2 s of audio; "global": the whole item. Keys have no span: leave "encoder". The
-            attention of a mean query is defined for "frame" only.
-
-    Raises:
-        CompressorError: these do not go together.
-    """
-
-    kind: Statistic
-    modality: Modality
-    span: Span = "encoder"
-
-    def __post_init__(self) -> None:
-        kinds = sorted({kind for kind, _ in _SPANS})
-        if self.kind not in kinds:
-            raise CompressorError(f"no encoder statistic is called {self.kind!r}; there are {', '.join(kinds)}")
-        spans = _SPANS.get((self.kind, self.modality), ())
-        if self.span not in spans:
-            raise CompressorError(
-                f"{self.kind} of {self.modality.name.lower()} tokens does not exist for span {self.span!r}; "
-                f"possible are {', '.join(map(repr, spans)) or 'none'}"
-            )
-
-
-Needs = Mapping[Need, Tensor]  # [B, S] or [B, S, d_head] each, see `Need`
 
 
 class Compressor(nn.Module):
     """Decides which video and audio tokens the LLM sees.
 
-    Subclasses implement `plan` and may override `segments_of`, `official_counts`, `least` and `needs`. Training-free
-    methods have no parameters; learned ones are ordinary modules.
+    Subclasses implement `rank` or `plan` and may override `segments_of`, `official_counts`, `least` and `needs`.
+    Training-free methods have no parameters; learned ones are ordinary modules.
 
     Attributes:
         audio_intact: whether `retained_ratio` alone leaves audio whole, so that video pays for both.
@@ -115,14 +63,32 @@ class Compressor(nn.Module):
         return ()
 
     def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
-        """Decide what stays.
+        """Decide what stays: the best of each segment as `rank` has them, unless overridden.
 
         Args:
             embeds: [B, S, D] merged embeddings, media rows after the projectors.
             layout: what each token is.
             needs: the tensor of every entry of `self.needs`, see `Need`.
         """
-        raise NotImplementedError
+        video, audio = self.rank(embeds, layout, needs)
+        scores = torch.where(layout.mask(Modality.VIDEO), video.scores, audio.scores)
+        return self.make_plan(layout, video.keep() | audio.keep(), scores=scores)
+
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """Split the decision in two, video and audio: how many of each segment stay, and an order of all its tokens.
+
+        What `plan` keeps is what this keeps. A learned compressor can start from any method that has it, see
+        `LearnedCompressor`.
+
+        Raises:
+            CompressorError: the method cannot be split so.
+        """
+        raise CompressorError(f"{self.name} cannot be split into counts per segment and an order of tokens")
+
+    @property
+    def rank_needs(self) -> tuple[Need, ...]:
+        """Statistics that `rank` must be given: those of `plan`, unless it can do with fewer."""
+        return self.needs
 
     def at(self, **changes: Any) -> Compressor:
         """The same compressor with other settings, sharing the weights; a new ratio replaces all given ratios."""
@@ -212,18 +178,20 @@ class Compressor(nn.Module):
         """The segments whose budgets are separate."""
         return layout.segments(self.segment_kinds[modality], modality)
 
-    def select(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Tensor:
-        """[B, S] bool: the best-scored tokens of each segment, as many as the budget gives it.
+    def ranked(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Ranked:
+        """Tokens by score, and as many of each segment as the budget gives it.
 
         Args:
             modality: video or audio.
             scores: [B, S].
             layout: of the batch.
         """
-        segments = self.segments_of(modality, layout)
         counts = torch.from_numpy(self.counts_of(modality, layout)).to(scores.device, non_blocking=True)
-        chosen = topk_mask(segments.gather(scores), segments.valid, counts)
-        return segments.scatter(chosen, False)
+        return Ranked(self.segments_of(modality, layout), counts, scores)
+
+    def select(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Tensor:
+        """[B, S] bool: what `ranked` keeps."""
+        return self.ranked(modality, scores, layout).keep()
 
     def make_plan(
         self,

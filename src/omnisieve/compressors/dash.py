@@ -29,10 +29,10 @@ from torch import Tensor
 from omnisieve.compressors.anchors import AnchoredAudio, AnchorSettings
 from omnisieve.compressors.base import CompressorError, Needs, drop_share, register
 from omnisieve.compressors.dash_segments import AudioCuts, half_grids, segments_of_frames
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import alternating_saliency
 from omnisieve.layout import Modality, Segments, TokenLayout
 from omnisieve.ops.clustering import isolation, uniqueness
-from omnisieve.ops.topk import topk_mask
 from omnisieve.plan import Plan
 
 EPS = 1e-6
@@ -87,10 +87,24 @@ class Dash(AnchoredAudio):
         """Cut and select audio, then select video by its segments. See `Compressor.plan`."""
         cuts = self.audio_cuts(embeds, layout)
         scores = self._audio_scores(embeds, self.attention(needs, layout), cuts, layout)
-        keep_audio, merge = self.select_audio(embeds, scores, layout)
-        video = self._published_video if self.official else self._video
-        keep_video = video(embeds, cuts, cuts.retention(keep_audio), layout)
-        return self.make_plan(layout, keep_video | keep_audio, scores=scores, merge=merge)
+        audio = self.choose_audio(scores, layout)
+        retention = cuts.retention(audio.mask)
+        if self.official:
+            keep_video = self._published_video(embeds, cuts, retention, layout)
+        else:
+            keep_video = self._rank_video(embeds, cuts, retention, layout).keep()
+        merge = self.merge_audio(audio, embeds, layout)
+        return self.make_plan(layout, keep_video | audio.mask, scores=scores, merge=merge)
+
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """Counts of the video are those that this method's own audio gives it. See `Compressor.rank`."""
+        if self.official:
+            raise CompressorError("dash: published frames do not hold every token, so they give no order of all")
+        cuts = self.audio_cuts(embeds, layout)
+        scores = self._audio_scores(embeds, self.attention(needs, layout), cuts, layout)
+        audio = self.choose_audio(scores, layout)
+        video = self._rank_video(embeds, cuts, cuts.retention(audio.mask), layout)
+        return video, self.rank_audio(audio, scores, layout)
 
     def audio_cuts(self, embeds: Tensor, layout: TokenLayout) -> AudioCuts:
         """Cuts of the audio, from embeddings [B, S, D]."""
@@ -106,8 +120,8 @@ class Dash(AnchoredAudio):
         boundary, attention = (x / (x.amax(dim=1, keepdim=True) + EPS) for x in (boundary, attention))
         return 0.4 * boundary + 0.3 * unlike + 0.3 * attention
 
-    def _video(self, embeds: Tensor, cuts: AudioCuts, retention: Tensor, layout: TokenLayout) -> Tensor:
-        """Kept video tokens [B, S]: frames share the budget by the segments they belong to."""
+    def _rank_video(self, embeds: Tensor, cuts: AudioCuts, retention: Tensor, layout: TokenLayout) -> Ranked:
+        """Video tokens by frame; frames share the budget by the segments they belong to."""
         s, frames = self.settings, layout.segments("frame", Modality.VIDEO)
         segment, first, odd = segments_of_frames(cuts, layout)
         retention, boundary = (
@@ -116,7 +130,7 @@ class Dash(AnchoredAudio):
         )
         removed = self.video_rates(layout)[0] + s.guidance * (0.5 - retention)
         removed = removed * (1 - s.boundary_bonus * boundary * first)
-        return self._select_video(embeds, frames, odd, self.counts_by_rate(removed, frames, layout))
+        return self._rank_frames(embeds, frames, odd, self.counts_by_rate(removed, frames, layout))
 
     def _published_video(self, embeds: Tensor, cuts: AudioCuts, retention: Tensor, layout: TokenLayout) -> Tensor:
         """Kept video tokens [B, S] as published."""
@@ -127,11 +141,11 @@ class Dash(AnchoredAudio):
         rate = torch.where(silent.unsqueeze(-1), max(SILENT_LEAST, asked - SILENT_RELIEF), rate)
         size = torch.from_numpy(grids.frames.sizes).to(rate.device, non_blocking=True)
         counts = (size * (1 - rate)).floor().long()
-        return self._select_video(embeds, grids.frames, grids.odd, counts) | grids.whole
+        return self._rank_frames(embeds, grids.frames, grids.odd, counts).keep() | grids.whole
 
-    def _select_video(self, embeds: Tensor, frames: Segments, odd: Tensor, counts: Tensor) -> Tensor:
-        """The best `counts` [B, F] of each frame, [B, S] bool."""
+    def _rank_frames(self, embeds: Tensor, frames: Segments, odd: Tensor, counts: Tensor) -> Ranked:
+        """Tokens that stand alone first in even frames, those that differ from the frame before in odd ones."""
         tokens = frames.gather(embeds)
         spatial = isolation(tokens, frames.valid, self.settings.neighbours)
         scores = alternating_saliency(tokens, spatial, odd.unsqueeze(-1))
-        return frames.scatter(topk_mask(scores, frames.valid, counts), False)
+        return Ranked(frames, counts, frames.scatter(scores, 0.0))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from omnisieve.compressors.base import Compressor, Needs, register
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.layout import MEDIA, Modality, SegmentKind, TokenLayout
 from omnisieve.ops.budget import round_count
-from omnisieve.ops.diversity import maxmin_mask
+from omnisieve.ops.diversity import maxmin_mask, maxmin_rank
 from omnisieve.plan import Plan
 
 
@@ -34,6 +35,10 @@ class DivPruneOm(Compressor):
         video, audio = (self._diverse(modality, embeds, layout) for modality in MEDIA)
         return self.make_plan(layout, video | audio)
 
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """In the order of picking, which goes on until no token is left. See `Compressor.rank`."""
+        return self._in_order(Modality.VIDEO, embeds, layout), self._in_order(Modality.AUDIO, embeds, layout)
+
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """round(ratio * n), halves to even."""
         return round_count(sizes * self.shares_of(modality, layout))
@@ -43,6 +48,11 @@ class DivPruneOm(Compressor):
         wanted = torch.from_numpy(counts).to(embeds.device, non_blocking=True)
         chosen = maxmin_mask(segments.gather(embeds), segments.valid, wanted, int(counts.max()))
         return segments.scatter(chosen, False)
+
+    def _in_order(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Ranked:
+        segments = self.segments_of(modality, layout)
+        picked = maxmin_rank(segments.gather(embeds), segments.valid)
+        return self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout)
 
 
 @register("divprune")

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from omnisieve.compressors.base import Compressor, Needs, Settings, drop_share, register
 from omnisieve.compressors.random import random_scores
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
 from omnisieve.ops.budget import floor_product, largest_remainder, round_count
 from omnisieve.ops.similarity import cosine
-from omnisieve.plan import Plan
 
 BACK = np.array([0, 1, 2, 1])
 """How many frames earlier the frame is that each of a group of four is compared with."""
@@ -40,11 +40,10 @@ class DyCokeVa(Compressor):
     segment_kinds: ClassVar[Mapping[Modality, SegmentKind]] = {Modality.VIDEO: "frame", Modality.AUDIO: "window"}
     compared: ClassVar[tuple[Modality, ...]] = MEDIA
 
-    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
-        """Keep every fourth frame and what changes in between. See `Compressor.plan`."""
-        video, audio = (self.scores_of(modality, embeds, layout) for modality in MEDIA)
-        keep = self.select(Modality.VIDEO, video, layout) | self.select(Modality.AUDIO, audio, layout)
-        return self.make_plan(layout, keep, scores=torch.where(layout.mask(Modality.VIDEO), video, audio))
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """Every fourth frame whole, and of the others first what changes. See `Compressor.rank`."""
+        video, audio = (self.ranked(m, self.scores_of(m, embeds, layout), layout) for m in MEDIA)
+        return video, audio
 
     def scores_of(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Tensor:
         """Dissimilarity to the frame that each token's frame is compared with, [B, S]."""

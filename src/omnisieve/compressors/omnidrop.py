@@ -39,12 +39,12 @@ from omnisieve.compressors.base import (
 from omnisieve.compressors.dycoke import DyCokeVa
 from omnisieve.compressors.inner import Cut, InnerCompressor, InnerSettings, Rows, ScoreAt
 from omnisieve.compressors.layer_schedules import TINY, ProgressivePruning
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import relative_to_window
 from omnisieve.layout import Modality, SegmentKind, TokenLayout
 from omnisieve.ops.budget import largest_remainder, round_to_sum
 from omnisieve.ops.similarity import cosine_to_mean
 from omnisieve.ops.topk import descending_rank, topk_mask
-from omnisieve.plan import Plan
 
 PUBLISHED_SHARES = {Modality.VIDEO: 0.4, Modality.AUDIO: 0.7}
 PUBLISHED_ENTRY = (0.4 * 288 + 0.7 * 50) / 338
@@ -119,8 +119,8 @@ class IntraModality(DyCokeVa):
         """Attention that audio tokens receive in the encoder."""
         return (Need("attention_received", Modality.AUDIO, "global" if self.official else "encoder"),)
 
-    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
-        """Each modality on its own. See `Compressor.plan`."""
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """Each modality on its own. See `Compressor.rank`."""
         audio = self.statistic(needs, self.needs[0])
         if not self.official:
             audio = relative_to_window(audio, layout)
@@ -129,8 +129,7 @@ class IntraModality(DyCokeVa):
         spatial = frames.scatter(1 - cosine_to_mean(frames.gather(embeds), frames.valid), 0.0)
         whole = frames.scatter(whole.unsqueeze(-1).expand_as(frames.valid), False)
         video = torch.where(whole, spatial, self.scores_of(Modality.VIDEO, embeds, layout))
-        keep = self.select(Modality.VIDEO, video, layout) | self.select(Modality.AUDIO, audio, layout)
-        return self.make_plan(layout, keep)
+        return self.ranked(Modality.VIDEO, video, layout), self.ranked(Modality.AUDIO, audio, layout)
 
     def least(self, modality: Modality, layout: TokenLayout) -> np.ndarray:
         """Nothing under exact rounding."""

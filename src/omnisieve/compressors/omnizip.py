@@ -30,11 +30,11 @@ from torch import Tensor
 from omnisieve.compressors.anchors import AnchoredAudio, AnchorSettings, Scope
 from omnisieve.compressors.base import CompressorError, Needs, drop_share, register
 from omnisieve.compressors.omnizip_published import Cuts, frozen_extremes, half_grid_cuts
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import alternating_saliency
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.ops.budget import floor_product
 from omnisieve.ops.clustering import density_peaks, isolation
-from omnisieve.ops.topk import topk_mask
 from omnisieve.plan import Plan
 
 VARIANTS = ("core", "paper", "units")
@@ -82,10 +82,16 @@ class OmniZip(AnchoredAudio):
     def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
         """Select audio, derive window budgets from it, then select video. See `Compressor.plan`."""
         attention = self.attention(needs, layout)
-        keep_audio, merge = self.select_audio(embeds, attention, layout)
-        cuts = half_grid_cuts(layout) if self.official and self.settings.variant == "units" else Cuts.of(layout)
-        keep_video = self._video(embeds, self._video_counts(keep_audio, cuts, layout), cuts)
-        return self.make_plan(layout, keep_video | keep_audio, scores=attention, merge=merge)
+        audio = self.choose_audio(attention, layout)
+        video = self._rank_video(embeds, audio.mask, layout)
+        merge = self.merge_audio(audio, embeds, layout)
+        return self.make_plan(layout, video.keep() | audio.mask, scores=attention, merge=merge)
+
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """Counts of the video are those that this method's own audio gives it. See `Compressor.rank`."""
+        attention = self.attention(needs, layout)
+        audio = self.choose_audio(attention, layout)
+        return self._rank_video(embeds, audio.mask, layout), self.rank_audio(audio, attention, layout)
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """Audio with its anchors; of video the most that the clamps let through (units leaves tails whole)."""
@@ -109,9 +115,11 @@ class OmniZip(AnchoredAudio):
         removed = torch.where(audio_size > 0, high + (low - high) * retention, asked)
         return self.counts_by_rate(cuts.per_frame(removed), cuts.frames, layout)
 
-    def _video(self, embeds: Tensor, counts: Tensor, cuts: Cuts) -> Tensor:
-        """Kept video tokens, [B, S]."""
-        frames, s = cuts.frames, self.settings
+    def _rank_video(self, embeds: Tensor, keep_audio: Tensor, layout: TokenLayout) -> Ranked:
+        """Video tokens by frame."""
+        s = self.settings
+        cuts = half_grid_cuts(layout) if self.official and s.variant == "units" else Cuts.of(layout)
+        counts, frames = self._video_counts(keep_audio, cuts, layout), cuts.frames
         tokens = frames.gather(embeds)
         if s.variant == "units":
             spatial = isolation(tokens, frames.valid, s.neighbours)
@@ -119,4 +127,4 @@ class OmniZip(AnchoredAudio):
             metric: Literal["cosine", "euclidean"] = "euclidean" if s.variant == "paper" else "cosine"
             spatial = density_peaks(tokens, frames.valid, s.neighbours, metric)
         scores = alternating_saliency(tokens, spatial, cuts.odd_frames())
-        return frames.scatter(topk_mask(scores, frames.valid, counts), False)
+        return Ranked(frames, counts, frames.scatter(scores, 0.0))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from omnisieve.compressors.base import Compressor, Needs, Settings, register
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.budget import floor_product
-from omnisieve.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,10 @@ class Random(Compressor):
     settings: RandomSettings
     settings_type = RandomSettings
 
-    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
-        """Keep random tokens. See `Compressor.plan`."""
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """By chance. See `Compressor.rank`."""
         scores = random_scores(layout, self.settings.seed)
-        video, audio = (self.select(modality, scores, layout) for modality in MEDIA)
-        return self.make_plan(layout, video | audio, scores=scores)
+        return self.ranked(Modality.VIDEO, scores, layout), self.ranked(Modality.AUDIO, scores, layout)
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """max(floor(ratio * n), 1); nothing of nothing."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from omnisieve.compressors.base import Compressor, CompressorError, Needs, Settings, register
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import spatiotemporal_saliency
 from omnisieve.layout import Modality, SegmentKind, TokenLayout
 from omnisieve.ops.similarity import cosine, cosine_to_mean
-from omnisieve.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,11 @@ class Stvp(Compressor):
     settings_type = StvpSettings
     segment_kinds: ClassVar[Mapping[Modality, SegmentKind]] = {Modality.VIDEO: "frame", Modality.AUDIO: "window"}
 
-    def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
-        """Keep what differs from its surroundings. See `Compressor.plan`."""
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """What differs from its surroundings first. See `Compressor.rank`."""
         video = spatiotemporal_saliency(embeds, layout)
         audio = audio_saliency(embeds, layout, self.settings.audio_novelty)
-        keep = self.select(Modality.VIDEO, video, layout) | self.select(Modality.AUDIO, audio, layout)
-        return self.make_plan(layout, keep, scores=torch.where(layout.mask(Modality.VIDEO), video, audio))
+        return self.ranked(Modality.VIDEO, video, layout), self.ranked(Modality.AUDIO, audio, layout)
 
 
 def audio_saliency(embeds: Tensor, layout: TokenLayout, novelty: float) -> Tensor:

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from omnisieve.compressors.base import Budget, Compressor, CompressorError, Need, Needs, Settings, Span, register
 from omnisieve.compressors.random import random_scores
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.ratios import asked_budget
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
 from omnisieve.ops.budget import round_count
 from omnisieve.ops.merge import spaced_anchors, spread_over_anchors
-from omnisieve.ops.topk import topk_mask
+from omnisieve.ops.topk import tiered, topk_mask
 from omnisieve.plan import Merge, Plan
 
 PUBLISHED_AUDIO_CUT = 50
@@ -103,6 +104,15 @@ class VisionZipOm(Compressor):
         video, audio = (self._zip(modality, layout, needs) for modality in MEDIA)
         return self.make_plan(layout, video.keep | audio.keep, merge=self._merge(video, audio, layout))
 
+    @property
+    def rank_needs(self) -> tuple[Need, ...]:
+        """Attention received; keys say what is merged only."""
+        return tuple(_needs_of(modality)[0] for modality in self.zipped)
+
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """Without what is merged. See `Compressor.rank`."""
+        return self._in_order(Modality.VIDEO, layout, needs), self._in_order(Modality.AUDIO, layout, needs)
+
     def segments_of(self, modality: Modality, layout: TokenLayout) -> Segments:
         """Frames of video, and windows of audio."""
         if modality == Modality.AUDIO and modality in self.zipped and self.settings.rounding == "official":
@@ -144,6 +154,16 @@ class VisionZipOm(Compressor):
         return Zip(
             segments.scatter(part.keep, False), segments.scatter(position, 0), segments.scatter(part.weight, 0.0)
         )
+
+    def _in_order(self, modality: Modality, layout: TokenLayout, needs: Needs | None) -> Ranked:
+        """Dominant tokens, then contextual ones, then the rest; each of them by attention."""
+        segments = self.segments_of(modality, layout)
+        attention = segments.gather(self.statistic(needs, _needs_of(modality)[0]))
+        dominant, contextual = choose_tokens(
+            attention, segments.valid, segments.sizes, *self.split_counts(modality, layout)
+        )
+        order = tiered(2 * dominant.long() + contextual.long(), attention, segments.valid)
+        return self.ranked(modality, segments.scatter(order, 0.0), layout)
 
     def _merge(self, video: Zip, audio: Zip, layout: TokenLayout) -> Merge | None:
         """What joins the anchors."""
@@ -202,6 +222,21 @@ class VisionZip(VisionZipOm):
         nowhere = torch.zeros_like(scores, dtype=torch.long)
         return Zip(self.select(modality, scores, layout), nowhere, torch.zeros_like(scores))
 
+    def _in_order(self, modality: Modality, layout: TokenLayout, needs: Needs | None) -> Ranked:
+        """Audio by chance."""
+        if modality == Modality.VIDEO:
+            return super()._in_order(modality, layout, needs)
+        return self.ranked(modality, random_scores(layout, self.settings.seed), layout)
+
+
+def choose_tokens(
+    attention: Tensor, valid: Tensor, sizes: np.ndarray, dominant: np.ndarray, contextual: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Dominant and contextual tokens of padded segments, [..., L] bool each; see `zip_tokens`."""
+    counts = torch.from_numpy(dominant).to(attention.device, non_blocking=True)
+    best = topk_mask(attention, valid, counts)
+    return best, spaced_anchors(valid & ~best, sizes - dominant, contextual)
+
 
 def zip_tokens(
     attention: Tensor, keys: Tensor, valid: Tensor, sizes: np.ndarray, dominant: np.ndarray, contextual: np.ndarray
@@ -217,12 +252,9 @@ def zip_tokens(
     Returns:
         see `Zip`; targets are places in the segment.
     """
-    counts = torch.from_numpy(dominant).to(attention.device, non_blocking=True)
-    best = topk_mask(attention, valid, counts)
-    rest = valid & ~best
-    anchors = spaced_anchors(rest, sizes - dominant, contextual)
-    most = max(int(contextual.max(initial=0)), 1)
-    return Zip(best | anchors, *spread_over_anchors(keys, anchors, rest & ~anchors, most))
+    best, anchors = choose_tokens(attention, valid, sizes, dominant, contextual)
+    keep, most = best | anchors, max(int(contextual.max(initial=0)), 1)
+    return Zip(keep, *spread_over_anchors(keys, anchors, valid & ~keep, most))
 
 
 def _needs_of(modality: Modality) -> tuple[Need, Need]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from omnisieve.compressors.base import Compressor, Need, Needs, Settings, register
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
-from omnisieve.ops.diversity import maxmin_mask
+from omnisieve.ops.diversity import maxmin_mask, maxmin_rank
 from omnisieve.plan import Plan
 
 PUBLISHED_WINDOW: Mapping[Modality, tuple[SegmentKind, int]] = {
@@ -55,13 +56,21 @@ class WinDivPrune(Compressor):
         keep = torch.zeros_like(layout.mask(*MEDIA))
         for modality in MEDIA:
             segments, counts = self.segments_of(modality, layout), self.counts_of(modality, layout)
-            weight = None
-            if self.settings.attention_weighted:
-                weight = segments.gather(self.statistic(needs, Need("attention_received", modality, "window")))
+            weight = self._weight(modality, segments, needs)
             wanted = torch.from_numpy(counts).to(embeds.device, non_blocking=True)
             chosen = maxmin_mask(segments.gather(embeds), segments.valid, wanted, int(counts.max()), weight)
             keep = keep | segments.scatter(chosen, False)
         return self.make_plan(layout, keep)
+
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """In the order of picking, which goes on until no token is left. See `Compressor.rank`."""
+        parts = []
+        for modality in MEDIA:
+            segments = self.segments_of(modality, layout)
+            weight = self._weight(modality, segments, needs)
+            picked = maxmin_rank(segments.gather(embeds), segments.valid, weight)
+            parts.append(self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout))
+        return parts[0], parts[1]
 
     def segments_of(self, modality: Modality, layout: TokenLayout) -> Segments:
         """2-s windows."""
@@ -74,3 +83,9 @@ class WinDivPrune(Compressor):
         """max(1, round(ratio * n)), halves to even, binary fractions included."""
         rounded = np.rint(sizes * self.shares_of(modality, layout)).astype(np.int64)
         return np.clip(rounded, np.minimum(sizes, 1), sizes)
+
+    def _weight(self, modality: Modality, segments: Segments, needs: Needs | None) -> Tensor | None:
+        """What scales the distances of a candidate, [B, G, L]."""
+        if not self.settings.attention_weighted:
+            return None
+        return segments.gather(self.statistic(needs, Need("attention_received", modality, "window")))

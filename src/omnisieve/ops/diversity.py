@@ -44,6 +44,19 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = N
     return torch.cat(picks, dim=-1) if picks else nearest.new_zeros((*nearest.shape[:-1], 0), dtype=torch.long)
 
 
+def maxmin_rank(x: Tensor, valid: Tensor, weight: Tensor | None = None) -> Tensor:
+    """When each entry is picked, if picking goes on until nothing is left: [..., L] long from 0, L for padding.
+
+    Costs L picks, see `maxmin_order` for the arguments.
+    """
+    length = x.shape[-2]
+    order = maxmin_order(x, valid, length, weight)
+    # Picks past the end of a short segment repeat an index: the first counts.
+    place = torch.arange(length, device=x.device).expand_as(order)
+    rank = torch.full_like(order, length).scatter_reduce(-1, order, place, "amin")
+    return rank.masked_fill(~valid, length)
+
+
 def maxmin_mask(x: Tensor, valid: Tensor, counts: Tensor, most: int, weight: Tensor | None = None) -> Tensor:
     """The first `counts` picks of every segment as a mask.
 

@@ -36,5 +36,19 @@ def topk_mask(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
     return (descending_rank(scores, valid) < counts.unsqueeze(-1)) & valid
 
 
+def tiered(tier: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores that order entries by tier, and within a tier as `scores` do.
+
+    Args:
+        tier: [..., L] whole numbers; the highest comes first.
+        scores: [..., L].
+        valid: [..., L] bool.
+
+    Returns:
+        [..., L] float32, no two valid entries alike.
+    """
+    return (tier.long() * scores.shape[-1] - descending_rank(scores, valid)).float()
+
+
 def _ramp(like: Tensor) -> Tensor:
     return torch.arange(like.shape[-1], device=like.device).expand_as(like)
