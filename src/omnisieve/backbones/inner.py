@@ -119,10 +119,7 @@ class DecodeStep:
         kept = self._prompt.layers[layer]
         if self._mask is None or self._mask[0] is not kept:
             mask = self._prompt.mask(layer, self._new)
-            self._mask = (
-                kept,
-                create_causal_mask(self._config, states, mask, kwargs["past_key_values"], layer_idx=layer),
-            )
+            self._mask = kept, _layer_mask(self._config, states, mask, kwargs["past_key_values"], layer)
         kwargs["attention_mask"] = self._mask[1]
         return states
 
@@ -146,6 +143,7 @@ class InnerRun:
         removed, always = (before - self._counts).sum(axis=1), is_partitioned(decoder)
         # By the layer that the pruned states enter.
         self._cut_at = {cut.after + 1: number for number, cut in enumerate(self._cuts) if removed[number] or always}
+        self._asking: dict[Rows, tuple[Tensor, Tensor]] = {}
         self._scores: dict[int, Tensor] = {}
         self._kept: dict[int, Kept] = {}
         self._arguments: tuple[Kept, dict[str, Any]] | None = None
@@ -222,7 +220,9 @@ class InnerRun:
 
     def _attention(self, at: ScoreAt, states: Tensor, kept: Kept, rope: Rope) -> Tensor:
         """[B, S] float32."""
-        positions, valid = self._query_rows(at.rows)
+        if at.rows not in self._asking:
+            self._asking[at.rows] = self._query_rows(at.rows)
+        positions, valid = self._asking[at.rows]
         rows = kept.rows(positions, self._layout.length)
         visible = torch.arange(kept.length, device=rows.device) <= rows.unsqueeze(-1)
         visible = visible & valid.unsqueeze(-1)
@@ -275,7 +275,7 @@ class InnerRun:
                 {
                     "position_embeddings": take_rope(rope, kept.entry),
                     "position_ids": None if sequence is None else (present.cumsum(dim=1) - 1).clamp(min=0),
-                    "attention_mask": create_causal_mask(self._decoder.config, states, mask, None),
+                    "attention_mask": _layer_mask(self._decoder.config, states, mask),
                 },
             )
         return self._arguments[1]
@@ -291,6 +291,12 @@ def inner_run(compressor: Compressor, decoder: Any, layout: TokenLayout, plan: P
         return None
     run = InnerRun(compressor, decoder, layout, plan)
     return None if run.idle else run
+
+
+def _layer_mask(config: Any, states: Tensor, mask: Tensor | None, cache: Any = None, layer: int = 0) -> Any:
+    """What the attention of a layer takes for a mask [B, K] of its keys; None without padding."""
+    # Where there is padding, looking whether there is would only wait for the device.
+    return create_causal_mask(config, states, mask, cache, layer_idx=layer, allow_is_causal_skip=mask is None)
 
 
 def is_partitioned(decoder: Any) -> bool:
