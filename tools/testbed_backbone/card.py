@@ -10,7 +10,7 @@ TEMPLATE = """# A tiny Qwen2.5-Omni for the synthetic testbed
 
 A stock `Qwen2_5OmniThinkerForConditionalGeneration` with {parameters:.2f} M parameters (bf16, {megabytes:.1f} MB),
 trained by the recipe of `python tools/train_testbed_backbone.py OUT` in {minutes:.0f} minutes{hardware}
-(log: `training_log.jsonl`).{history}
+(log: `training_log.jsonl`).
 8 decoder layers of width 128 (4 heads, 2 key heads); vision tower of depth 2 and audio tower of 2 layers, width 64.
 The shapes that token arithmetic depends on are those of the real model: patch 14, merge 2, temporal patch 2, 128
 mel bins, 2-s windows, 25 position ids a second. A clip has 432 video and 299 audio tokens.
@@ -47,16 +47,14 @@ def write_card(folder: Path, report: dict[str, Any]) -> None:
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     size = (folder / "model.safetensors").stat().st_size
     a, b = report["domains"]["a"], report["domains"]["b"]
-    elapsed = {entry.get("run", 0): entry["elapsed"] for entry in log if "elapsed" in entry}
     hardware = next((f" on {entry['hardware']}" for entry in log if "hardware" in entry), "")
     names = ("full", "full as conversation", "no media", "random 25 %", "oracle 25 %", "oracle 15 %")
     audio = "video by similarity at 25 %, audio by"
     text = TEMPLATE.format(
         parameters=size / 2e6,
         megabytes=size / 1e6,
-        minutes=sum(elapsed.values()) / 60,
+        minutes=log[-1]["elapsed"] / 60,
         hardware=hardware,
-        history="".join(f"\n{entry['history']}" for entry in log if "history" in entry),
         clips=report["clips"],
         split=report["split"],
         questions_a=a["questions"],
