@@ -26,7 +26,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"schedule": "exponential", "lambda_div": 0.0},
     ],
     "omnisift": [
-        {"video_pruner": pruner, "width": 32, "heads": 4, "pruner_channels": 8} for pruner in ("learned", "similarity")
+        {"video_pruner": "learned", "width": 32, "heads": 4, "pruner_channels": 8},
+        {"video_pruner": "similarity", "width": 32, "heads": 4, "pruner_channels": 8},
+        {"base": "omnizip", "width": 32, "heads": 4, "pruner_channels": 8},
     ],
     "omnizip": [
         {},

@@ -7,6 +7,9 @@ Two video pruners ship. `similarity` is the published one and has no parameters:
 to the co-located token of the frame before. `learned` is trained through the estimator: a small CNN over each
 frame's grid of visual projections, fused with a temporal score.
 
+With a `base` it starts as a training-free method instead (`compressors.learned`): the learned pruner and the selector
+then give the differences to the base's order. The similarity pruner stays what it is, and only audio has the base.
+
 Where the published code differs from the paper: the residual of the selector lives in the projected, normalised
 space (code); counts are n - floor(n * dropped) (code; `rounding="official"`). Where we differ from both: windows are
 cut by time, not by pairs of grids; all windows of all samples are scored in one call; audio without video works.
@@ -21,17 +24,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from omnisieve.compressors.base import Compressor, CompressorError, Needs, Settings, register
+from omnisieve.compressors.base import CompressorError, Needs, register
+from omnisieve.compressors.learned import LearnedCompressor, LearnedSettings, begin_at_zero
+from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import previous_frame_change, spatiotemporal_saliency
-from omnisieve.layout import Modality, SegmentKind, Segments, TokenLayout
+from omnisieve.layout import Modality, SegmentKind, TokenLayout
 from omnisieve.ops.estimators import straight_through
 from omnisieve.ops.similarity import segment_mean
 from omnisieve.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class OmniSiftSettings(Settings):
-    """Settings of OmniSIFT.
+class OmniSiftSettings(LearnedSettings):
+    """Settings of OmniSIFT; the base it may start from is in `LearnedSettings`.
 
     Attributes:
         video_pruner: "learned", or "similarity" (published, no parameters).
@@ -41,8 +46,8 @@ class OmniSiftSettings(Settings):
         pruner_channels: channels of the learned pruner's CNN.
         temporal_span: which earlier frame the learned pruner compares with: in the same "window", or the same
             video ("item").
-        score_norm: "window" standardises scores per window before the sigmoid, which keeps its gradient alive;
-            "none" is published. The selection is the same.
+        score_norm: "window" standardises scores per window (with a base: per segment of the base) before the sigmoid,
+            which keeps its gradient alive; "none" is published. The selection is the same.
     """
 
     video_pruner: Literal["learned", "similarity"] = "learned"
@@ -126,6 +131,11 @@ class LearnedVideoPruner(nn.Module):
         nn.init.constant_(self.temporal.weight, 0.5)
         nn.init.zeros_(self.temporal.bias)
 
+    def begin_at_zero(self) -> None:
+        """Make both scores zero, until they are trained."""
+        begin_at_zero(self.cnn[-1])
+        begin_at_zero(self.temporal)
+
     def forward(self, projected: Tensor, change: Tensor, has_previous: Tensor, layout: TokenLayout) -> Tensor:
         """Logits of video tokens.
 
@@ -148,18 +158,18 @@ class LearnedVideoPruner(nn.Module):
         spatial = self.cnn[3:](near * inside).reshape(batch, frames, cells)
         change = canvas.gather(change)
         frame_change = segment_mean(change.unsqueeze(-1), canvas.valid).expand_as(change)
-        temporal = self.temporal(torch.stack([change, frame_change], dim=-1)).squeeze(-1)
+        pair = torch.stack([change, frame_change], dim=-1).to(projected.dtype)
+        temporal = self.temporal(pair).squeeze(-1)
         temporal = temporal.masked_fill(~canvas.gather(has_previous), 0)
         return canvas.scatter(self.fusion[0] * spatial + self.fusion[1] * temporal, 0.0)
 
 
 @register("omnisift")
-class OmniSift(Compressor):
+class OmniSift(LearnedCompressor):
     """See the module's docstring; settings in `OmniSiftSettings`."""
 
     settings: OmniSiftSettings
     settings_type = OmniSiftSettings
-    learned = True
     segment_kinds: ClassVar[Mapping[Modality, SegmentKind]] = {Modality.VIDEO: "frame", Modality.AUDIO: "window"}
 
     def __init__(self, settings: OmniSiftSettings, hidden_size: int) -> None:
@@ -168,32 +178,38 @@ class OmniSift(Compressor):
         self.selector = VisionGuidedSelector(hidden_size, settings.width, settings.heads)
         learned = settings.video_pruner == "learned"
         self.pruner = LearnedVideoPruner(settings.width, settings.pruner_channels) if learned else None
+        if settings.base is not None:
+            begin_at_zero(self.selector.score_head[-1])
+            if self.pruner is not None:
+                self.pruner.begin_at_zero()
 
     def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
         """Prune video, then select audio by what is left of the video. See `Compressor.plan`."""
-        embeds = embeds.to(self.selector.v_proj.weight.dtype)
-        projected = self.selector.project_video(embeds)
-        video_scores = self._video_scores(embeds, projected, layout)
-        keep_video = self.select(Modality.VIDEO, video_scores, layout)
-        audio_scores = self._audio_scores(embeds, projected, keep_video, layout)
-        keep = keep_video | self.select(Modality.AUDIO, audio_scores, layout)
-
+        video, audio = self.rank(embeds, layout, needs)
+        keep = video.keep() | audio.keep()
         scored = [Modality.AUDIO] if self.pruner is None else [Modality.VIDEO, Modality.AUDIO]
-        scores = torch.where(layout.mask(Modality.VIDEO), video_scores, audio_scores)
+        video_scores = video.scores if self.pruner is None else self._squash(video, Modality.VIDEO, layout)
+        scores = torch.where(layout.mask(Modality.VIDEO), video_scores, self._squash(audio, Modality.AUDIO, layout))
         gate = None
         if torch.is_grad_enabled() and scores.requires_grad:
             gate = torch.where(layout.mask(*scored), straight_through(keep, scores), 1.0)
         return self.make_plan(layout, keep, scores=scores.detach(), gate=gate)
 
-    def _video_scores(self, embeds: Tensor, projected: Tensor, layout: TokenLayout) -> Tensor:
-        """[B, S]; only the order within a frame matters for `similarity`."""
+    def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
+        """By logits, through which gradients flow. See `Compressor.rank`."""
+        base_video, base_audio = self.base_order(embeds, layout, needs)
+        embeds = embeds.to(self.selector.v_proj.weight.dtype)
+        projected = self.selector.project_video(embeds)
         if self.pruner is None:
-            return spatiotemporal_saliency(embeds, layout)
-        change, has_previous = previous_frame_change(embeds, layout, self.settings.temporal_span)
-        logits = self.pruner(projected, change, has_previous, layout)
-        return self._squash(logits, layout.segments("window", Modality.VIDEO))
+            video = self.ranked(Modality.VIDEO, spatiotemporal_saliency(embeds, layout), layout)
+        else:
+            change, has_previous = previous_frame_change(embeds, layout, self.settings.temporal_span)
+            logits = self.pruner(projected, change, has_previous, layout)
+            video = self.refined(Modality.VIDEO, logits, layout, base_video)
+        logits = self._audio_logits(embeds, projected, video.keep(), layout)
+        return video, self.refined(Modality.AUDIO, logits, layout, base_audio)
 
-    def _audio_scores(self, embeds: Tensor, projected: Tensor, keep_video: Tensor, layout: TokenLayout) -> Tensor:
+    def _audio_logits(self, embeds: Tensor, projected: Tensor, keep_video: Tensor, layout: TokenLayout) -> Tensor:
         """[B, S]; all windows of all samples in one call of the selector."""
         video, audio = (layout.segments("window", m) for m in (Modality.VIDEO, Modality.AUDIO))
         batch, windows, _ = audio.index.shape
@@ -205,15 +221,15 @@ class OmniSift(Compressor):
         context = torch.cat([video.gather(projected), stand_in], dim=2)
         visible = torch.cat([visible, ~visible.any(dim=-1, keepdim=True)], dim=2)
         logits = self.selector(audio.gather(embeds).flatten(0, 1), context.flatten(0, 1), visible.flatten(0, 1))
-        logits = audio.scatter(logits.reshape(batch, windows, -1), 0.0)
-        return self._squash(logits, audio)
+        return audio.scatter(logits.reshape(batch, windows, -1), 0.0)
 
-    def _squash(self, logits: Tensor, windows: Segments) -> Tensor:
-        """Scores in (0, 1), [B, S]."""
+    def _squash(self, ranked: Ranked, modality: Modality, layout: TokenLayout) -> Tensor:
+        """Scores in (0, 1), [B, S], from logits."""
         if self.settings.score_norm == "none":
-            return logits.sigmoid()
-        grouped = windows.gather(logits)
-        mean = segment_mean(grouped.unsqueeze(-1), windows.valid)
+            return ranked.scores.sigmoid()
+        segments = layout.segments("window", modality) if self.settings.base is None else ranked.segments
+        grouped = segments.gather(ranked.scores)
+        mean = segment_mean(grouped.unsqueeze(-1), segments.valid)
         centred = grouped - mean
-        variance = segment_mean(centred.square().unsqueeze(-1), windows.valid)
-        return windows.scatter(centred * (variance + 1e-6).rsqrt(), 0.0).sigmoid()
+        variance = segment_mean(centred.square().unsqueeze(-1), segments.valid)
+        return segments.scatter(centred * (variance + 1e-6).rsqrt(), 0.0).sigmoid()
