@@ -295,7 +295,9 @@ def attach(model: nn.Module, compressor: Compressor, estimator: Estimator | None
 
     Forward and `generate` (greedy, sampling, beams) work as they do without; the logits of a compressed prompt have
     its compressed length. At ratio 1 nothing is touched, bit for bit. Static caches, chunked prefill and assisted
-    decoding are refused. In the `masked` route run the backward pass before the next forward.
+    decoding are refused. Run the backward pass inside the context, because some versions call the hooks again when
+    checkpointing repeats a layer, and in the `masked` route before the next forward. Without a cache a method that
+    prunes inside the LLM is asked anew by every generated token.
 
     Raw media are spread over beams by the stock model, wrongly in 5.17 and 5.18 (videos) and so far in all versions
     (several sounds per sample): hand in merged embeddings with `Attachment.layout` there.

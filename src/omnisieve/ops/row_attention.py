@@ -20,12 +20,12 @@ def row_attention(query: Tensor, key: Tensor, visible: Tensor, scaling: float) -
     Returns:
         [B, K] float32; sums to 1 wherever a row sees anything.
     """
-    batch, heads, _, width = query.shape
+    batch, kv_heads, length, _ = key.shape
     keys = key.float().mT.unsqueeze(2)
-    received = torch.zeros(batch, key.shape[2], device=key.device)
+    received = torch.zeros(batch, length, device=key.device)
     for rows, seen in zip(query.split(ROWS_AT_ONCE, dim=2), visible.split(ROWS_AT_ONCE, dim=1), strict=True):
-        grouped = rows.float().reshape(batch, key.shape[1], -1, rows.shape[2], width)
+        grouped = rows.float().unflatten(1, (kv_heads, -1))
         seen = seen[:, None, None]
         logits = (grouped @ keys * scaling).masked_fill(~seen, torch.finfo(torch.float32).min)
         received = received + (logits.softmax(dim=-1) * seen).sum(dim=(1, 2, 3))
-    return received / (heads * visible.any(dim=-1).sum(dim=-1, keepdim=True).clamp(min=1))
+    return received / (query.shape[1] * visible.any(dim=-1).sum(dim=-1, keepdim=True).clamp(min=1))
