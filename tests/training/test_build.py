@@ -69,6 +69,43 @@ def test_init_from_another_method_is_refused(tmp_path: Path):
         make(tmp_path, {"method": "omnisift"}, init_from=str(folder))
 
 
+def test_init_from_a_method_makes_it_the_base(tmp_path: Path):
+    section = {**OMNISIFT, "base_settings": {"audio_novelty": 0.3}}
+    settings = make(tmp_path, section, init_from="stvp").settings
+    assert (settings.base, settings.base_settings) == ("stvp", {"audio_novelty": 0.3})
+    assert make(tmp_path, {**OMNISIFT, "base": "omnizip"}).settings.base == "omnizip"
+
+
+def test_a_folder_named_like_a_method_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {name: value for name, value in OMNISIFT.items() if name != "method"}
+    save_compressor(build_compressor("omnisift", hidden_size=HIDDEN, **fields), tmp_path / "stvp")
+    assert make(tmp_path, OMNISIFT, init_from="stvp").settings.base == "stvp"
+    assert make(tmp_path, OMNISIFT, init_from="./stvp").settings.base is None
+
+
+def test_an_export_is_gone_on_from_with_its_base(tmp_path: Path):
+    fields = {name: value for name, value in OMNISIFT.items() if name != "method"}
+    exported = build_compressor("omnisift", hidden_size=HIDDEN, base="omnizip", **fields)
+    folder = save_compressor(exported, tmp_path / "exported")
+    assert make(tmp_path, {"method": "omnisift"}, init_from=str(folder)).settings.base == "omnizip"
+
+
+@pytest.mark.parametrize(
+    ("section", "start", "told"),
+    [
+        ({}, "stpv", r"train\.init_from: .*'stpv'; did you mean 'stvp'.*no such folder"),
+        ({}, "runs/nowhere", "runs/nowhere is no exported compressor"),
+        ({}, "full", "cannot be split"),
+        ({"base": "omnizip"}, "stvp", r"init_from is stvp, compressor\.base omnizip"),
+        ({"base_settings": {"audio_novelti": 0.1}}, "stvp", "audio_novelty"),
+    ],
+)
+def test_what_cannot_be_started_from_is_named(tmp_path: Path, section: dict, start: str, told: str):
+    with pytest.raises((ConfigError, CompressorError), match=told):
+        make(tmp_path, {**OMNISIFT, **section}, init_from=start)
+
+
 def test_a_drawn_ratio_and_a_fixed_split_exclude_each_other(tmp_path: Path):
     config = make_config(tmp_path)
     config.compressor = {**OMNISIFT, "audio_ratio": 0.4}

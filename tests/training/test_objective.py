@@ -24,10 +24,10 @@ def backbone(request: pytest.FixtureRequest) -> nn.Module:
     return tiny_thinker(family=request.param)
 
 
-def make_module(backbone: nn.Module, *, ratio: float = 0.25, **options) -> TrainingModule:
+def make_module(backbone: nn.Module, *, ratio: float = 0.25, base: str | None = None, **options) -> TrainingModule:
     torch.manual_seed(0)
     compressor = build_compressor(
-        "omnisift", hidden_size=HIDDEN, retained_ratio=ratio, width=16, heads=2, pruner_channels=8
+        "omnisift", hidden_size=HIDDEN, retained_ratio=ratio, width=16, heads=2, pruner_channels=8, base=base
     )
     return TrainingModule(backbone, compressor, **options).train()
 
@@ -64,6 +64,31 @@ def test_one_batch_of_four_is_four_batches_of_one(backbone: nn.Module):
     together = gradients(module, [make_batch(backbone, CLIPS[:4])])
     apart = gradients(module, [make_batch(backbone, [clip]) for clip in CLIPS[:4]])
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["stvp", "divprune_om"])
+def test_untrained_the_loss_is_that_of_the_base(backbone: nn.Module, base: str):
+    batch = make_batch(backbone, CLIPS[:4])
+    found = [make_module(backbone, base=base), TrainingModule(backbone, build_compressor(base, retained_ratio=0.25))]
+    losses = []
+    for module in found:
+        with module.attached(), torch.no_grad():
+            losses.append(module(batch)["cross_entropy"])
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("estimator", ROUTES, ids=lambda e: f"{e.route}-{e.candidates}")
+def test_a_base_that_needs_statistics_is_trained(backbone: nn.Module, estimator: Estimator):
+    """Gradients reach the last layers first; the others get theirs when those are not zero any more."""
+    module, batch = make_module(backbone, base="omnizip", estimator=estimator), make_batch(backbone, CLIPS[:4])
+    optimizer = torch.optim.SGD(module.compressor.parameters(), lr=0.1)
+    _, first = gradients(module, [batch])
+    assert first["selector.score_head.2.weight"].abs().sum() > 0
+    assert first["pruner.cnn.5.weight"].abs().sum() > 0
+    optimizer.step()
+    _, second = gradients(module, [batch])
+    assert second["selector.v_proj.weight"].abs().sum() > 0
+    assert second["pruner.cnn.0.weight"].abs().sum() > 0
 
 
 def gate_gradient(module: TrainingModule, batch: Batch, scale: float = 1.0) -> Tensor:

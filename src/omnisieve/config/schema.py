@@ -140,6 +140,9 @@ class TrainSection:
         "host memory: more traffic, and several ranks need data.feature_cache",
     )
     seed: int = option(0, "of initialisation, data order and candidates")
+    max_bad_steps: int = option(
+        5, "so many steps in a row with a loss or gradient that is not finite end the run; a single one is left out"
+    )
     log_every: int = option(10, "steps")
     eval_every: int = option(100, "steps between validations, the best of which is kept; 0: never")
     save_every: int = option(100, "steps between checkpoints; they hold trainables and optimiser only; 0: only the end")
@@ -149,11 +152,16 @@ class TrainSection:
         "auto",
         "auto: from the newest checkpoint in output_dir, if any; never: in a folder without a run; or a checkpoint",
     )
-    init_from: str | None = option(None, "exported compressor to start from, with a fresh optimiser")
+    init_from: str | None = option(
+        None,
+        "training-free method to start as, such as stvp: untrained, the compressor keeps what that keeps, and its "
+        "selection is computed in every step (fields in compressor.base_settings); or the folder of an exported "
+        "compressor, to go on from its weights with a fresh optimiser",
+    )
 
     def __post_init__(self) -> None:
         _positive("train", self, "micro_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm")
-        _positive("train", self, "max_steps", "log_every", "save_total_limit")
+        _positive("train", self, "max_steps", "max_bad_steps", "log_every", "save_total_limit")
         _not_negative("train", self, "weight_decay", "distill_weight", "eval_every", "save_every")
         _in_unit_interval("train", self, "warmup_ratio", "min_lr_ratio")
         if self.stop_at is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import get_type_hints
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -11,7 +13,14 @@ from transformers.utils.logging import disable_progress_bar
 from omnisieve.artifact import load_compressor
 from omnisieve.backbones import BackboneError, Estimator, adapter_for, load_backbone
 from omnisieve.backbones.media import media_loader
-from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type, find_preset
+from omnisieve.compressors import (
+    Compressor,
+    CompressorError,
+    build_compressor,
+    compressor_type,
+    find_preset,
+    list_compressors,
+)
 from omnisieve.config import ConfigError, TrainConfig, check_fields
 from omnisieve.data.errors import DataError
 from omnisieve.training.distributed import Ranks
@@ -70,11 +79,11 @@ def check_sharding(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
-    """The compressor to train: fresh, or from `train.init_from`, whose settings the section may change.
+    """The compressor to train: fresh, with a base, or exported, whose settings the section may change.
 
     Raises:
         ConfigError: the method has nothing to train, the section does not fit it, or another one was exported.
-        CompressorError: a value cannot be.
+        CompressorError: a value cannot be, or `train.init_from` names no method; names the nearest.
     """
     section = dict(config.compressor)
     method = compressor_type(section.pop("method"))
@@ -90,11 +99,40 @@ def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
         raise ConfigError(
             f"compressor.{split[0]} and train.ratio exclude each other: a drawn ratio holds for both modalities"
         )
-    if config.train.init_from is None:
-        return build_compressor(method.name, hidden_size=hidden_size, **settings)
-    compressor = load_compressor(config.train.init_from, **settings)
+    start = config.train.init_from
+    if start is None or is_method(start):
+        return build_compressor(method.name, hidden_size=hidden_size, **with_base(settings, start))
+    compressor = load_compressor(start, **settings)
     if compressor.name != method.name:
-        raise ConfigError(
-            f"train.init_from: {config.train.init_from} holds {compressor.name}, compressor.method is {method.name}"
-        )
+        raise ConfigError(f"train.init_from: {start} holds {compressor.name}, compressor.method is {method.name}")
     return compressor
+
+
+def is_method(start: str) -> bool:
+    """Whether `train.init_from` names a registered method. A folder of the same name is written ./NAME.
+
+    Raises:
+        CompressorError: it is neither a method nor a folder; names the nearest method.
+    """
+    if start in list_compressors():
+        return True
+    if "/" in start or Path(start).is_dir():
+        return False
+    try:
+        compressor_type(start)
+    except CompressorError as error:
+        raise CompressorError(f"train.init_from: {error}; and there is no such folder") from error
+    return True
+
+
+def with_base(settings: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+    """The settings of a learned method that starts as `base`.
+
+    Raises:
+        ConfigError: they name another.
+    """
+    if base is None:
+        return dict(settings)
+    if settings.get("base") not in (None, base):
+        raise ConfigError(f"train.init_from is {base}, compressor.base {settings['base']}: leave one out")
+    return {**settings, "base": base}
