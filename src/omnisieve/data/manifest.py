@@ -11,7 +11,7 @@ One line is one conversation:
 or with tags in a string: `"content": "<video>What is said?"` beside `"videos": ["clips/7.mp4"]`, likewise `<image>`
 with `images` and `<audio>` with `audios`; a tag takes the next file of its list. Paths are relative to the
 manifest's folder. Every other key, of the line or of a message, is kept. `id` defaults to the line's number. Whether a
-video has sound is read from the file, never from the manifest.
+video has sound is read from the file, never from the manifest. Other layouts are converted, see `formats`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Manifest(Sequence[Conversation]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self._table[int(index)]
-        return _parse(row["text"], self.path, row["line"])
+        return parse_line(row["text"], self.path, row["line"])
 
     def check(self, limit: int | None = None) -> None:
         """Read the first `limit` lines, or all, and look for their media files.
@@ -146,7 +146,7 @@ class Manifest(Sequence[Conversation]):
         """
         first_lines: dict[Path, int] = {}
         for row in islice(self._table, limit):
-            for part in _parse(row["text"], self.path, row["line"]).media:
+            for part in parse_line(row["text"], self.path, row["line"]).media:
                 first_lines.setdefault(part.path, row["line"])
         missing = [f"line {line}: {path}" for path, line in first_lines.items() if not path.is_file()]
         if missing:
@@ -158,7 +158,13 @@ class Manifest(Sequence[Conversation]):
             )
 
 
-def _parse(text: str, path: Path, line: int) -> Conversation:
+def parse_line(text: str, path: Path, line: int) -> Conversation:
+    """One line of the manifest `path`.
+
+    Raises:
+        ManifestError: it is wrong.
+    """
+
     def wrong(key: str, problem: str) -> ManifestError:
         return ManifestError(f"{path}, line {line}, key {key!r}: {problem}")
 
@@ -173,7 +179,7 @@ def _parse(text: str, path: Path, line: int) -> Conversation:
         near = difflib.get_close_matches("messages", list(row), 1)
         hint = f"; is {near[0]!r} meant?" if near else ""
         if "conversations" in row:
-            hint = "; this is ShareGPT form: rename it to 'messages', and from/value to role/content"
+            hint = "; this is ShareGPT form: convert the file with tools/convert_data.py"
         raise wrong("messages", f"missing, the line has {sorted(row)}{hint}")
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "a non-empty list is needed")

@@ -1,0 +1,176 @@
+"""Where the entries of a data set come from.
+
+| source | what it is |
+|---|---|
+| json | JSON lines, or a JSON file that holds a list |
+| csv | a table with a header; tabs separate a `.tsv` file |
+| folder | every media file in a folder and the folders in it; an entry has a path and nothing else |
+| hf | a Hugging Face data set: a folder that `save_to_disk` wrote, a folder of data files, or a name on the hub |
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from omnisieve.data.errors import DataError
+
+SOURCES = ("json", "csv", "folder", "hf")
+_SAVED = ("state.json", "dataset_dict.json")
+_SUFFIXES = {
+    "video": "mp4 m4v mkv webm mov avi flv wmv mpg mpeg ts 3gp",
+    "audio": "wav mp3 flac m4a aac ogg opus",
+    "image": "png jpg jpeg webp bmp",
+}
+_KIND_OF = {f".{suffix}": kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+
+
+class FormatError(DataError):
+    """A data set, or one entry of it, that cannot be converted."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a source: `where` it stands, in words, and its `row`, or the `error` that there is instead."""
+
+    where: str
+    row: Mapping[str, Any]
+    error: str | None = None
+
+
+def source_of(path: str) -> str:
+    """Which of `SOURCES` a path is.
+
+    Raises:
+        FormatError: nothing is there, or its suffix says nothing.
+    """
+    place = Path(path)
+    if place.is_dir():
+        saved = any((place / name).is_file() for name in _SAVED)
+        return "hf" if saved or any(place.rglob("*.parquet")) else "folder"
+    if not place.is_file():
+        raise FormatError(f"{path}: there is no such file or folder; for a name on the hub, add --format hf")
+    source = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}.get(place.suffix.lower())
+    if source is None:
+        raise FormatError(f"{path}: the suffix {place.suffix!r} says nothing; add --format {'|'.join(SOURCES)}")
+    return source
+
+
+def read_entries(path: str, source: str, *, split: str | None = None, subset: str | None = None) -> Iterator[Entry]:
+    """The entries of a data set, in order.
+
+    Args:
+        path: of a file or folder; for "hf" also a name.
+        source: one of `SOURCES`.
+        split, subset: of a Hugging Face data set.
+
+    Raises:
+        FormatError: the data set as a whole cannot be read.
+    """
+    try:
+        if source == "hf":
+            yield from _read_hf(path, split, subset)
+        else:
+            yield from {"json": _read_json, "csv": _read_csv, "folder": _read_folder}[source](Path(path))
+    except FormatError:
+        raise
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise FormatError(f"{path}: cannot be read: {error}") from error
+
+
+def kind_of(file: Any) -> str:
+    """ "video", "audio" or "image", by the suffix; what is unknown counts as video, for decoding tells."""
+    path = file.get("path") if isinstance(file, Mapping) else file
+    return _KIND_OF.get(Path(str(path)).suffix.lower(), "video")
+
+
+def _read_json(path: Path) -> Iterator[Entry]:
+    with path.open(encoding="utf-8-sig") as file:
+        start = file.read(4096).lstrip()[:1]
+    if start == "[":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{path}: no valid JSON ({error}); correct the file there") from error
+        yield from (_entry(f"entry {number}", row) for number, row in enumerate(rows, 1))
+    else:
+        yield from _read_lines(path)
+
+
+def _read_lines(path: Path) -> Iterator[Entry]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield _entry(f"line {number}", json.loads(line))
+            except json.JSONDecodeError as error:
+                yield Entry(f"line {number}", {}, f"no valid JSON ({error})")
+
+
+def _entry(where: str, row: Any) -> Entry:
+    if isinstance(row, dict):
+        return Entry(where, row)
+    return Entry(where, {}, f"a JSON object is needed, this is a {type(row).__name__}")
+
+
+def _read_csv(path: Path) -> Iterator[Entry]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        header = next(reader, [])
+        if not header or len(set(header)) < len(header):
+            raise FormatError(f"{path}: the first line must name each column once, it has {header}")
+        # A record may go over several lines; it is named by its first.
+        first = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                yield Entry(f"line {first}", {}, f"{len(cells)} cells, but the header has {len(header)} columns")
+            elif cells:
+                yield Entry(f"line {first}", dict(zip(header, cells, strict=True)))
+            first = reader.line_num + 1
+
+
+def _read_folder(folder: Path) -> Iterator[Entry]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in _KIND_OF)
+    if not files:
+        raise FormatError(f"{folder}: there is no media file; known suffixes are {', '.join(_KIND_OF)}")
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        yield Entry(f"file {name}", {"path": name})
+
+
+def _read_hf(path: str, split: str | None, subset: str | None) -> Iterator[Entry]:
+    data: Any
+    if any((Path(path) / name).is_file() for name in _SAVED):
+        data = datasets.load_from_disk(path)
+    else:  # as a stream: nothing is copied to the library's cache
+        data = datasets.load_dataset(path, name=subset, streaming=True)
+    if isinstance(data, Mapping):
+        names = list(data)
+        chosen = split if split is not None else names[0] if len(names) == 1 else None
+        if chosen not in names:
+            raise FormatError(f"{path} has the splits {', '.join(map(str, names))}; choose one with --split")
+        data = data[chosen]
+    return _read_rows(data)
+
+
+def _read_rows(data: Any) -> Iterator[Entry]:
+    number = 0
+    # As Arrow tables: media columns stay paths and bytes, nothing is decoded.
+    for table in data.with_format("arrow").iter(100):
+        for row in table.to_pylist():
+            number += 1
+            yield Entry(f"row {number}", _without_nulls(row))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every row all keys of all rows; those it did not have are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

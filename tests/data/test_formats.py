@@ -1,0 +1,237 @@
+"""Data sets in other layouts become messages, and nothing gets lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omnisieve.data.formats import Columns, Converter, Skipped, to_messages
+from omnisieve.data.manifest import Conversation, parse_line
+from omnisieve.data.sources import Entry, FormatError, read_entries, source_of
+
+
+def conversation(row: dict[str, Any], *, folder: Path = Path("/d"), **options: Any) -> Conversation:
+    """What the manifest reader makes of a converted row; files need not be there."""
+    converter = Converter(folder / "m.jsonl", folder / "media", allow_missing=True, **options)
+    line = converter.convert(Entry("line 7", row))
+    assert isinstance(line, str), line
+    return parse_line(line, folder / "m.jsonl", 1)
+
+
+def turns(*values: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+
+
+def content(found: Conversation, turn: int = 0) -> list[Any]:
+    return [part.get("text", part["type"]) for part in found.messages[turn]["content"]]
+
+
+def test_sharegpt_turns_and_placeholders() -> None:
+    found = conversation(
+        {
+            "id": "a",
+            "conversations": turns("<video>\nWho <audio> is it?", "Ann", "And <image>?", "Bob\n<video>"),
+            "videos": ["v.mp4"],
+            "audio": "a.wav",
+            "images": ["i.png"],
+            "system": "Be brief.",
+            "source": "x",
+        }
+    )
+    assert found.id == "a"
+    assert found.meta == {"source": "x"}
+    assert [message["role"] for message in found.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert content(found, 1) == ["video", "Who ", "audio", " is it?"]
+    assert found.messages[4]["content"] == "Bob\n<video>"  # an answer may say so
+    assert [(part.kind, part.path) for part in found.media] == [
+        ("video", Path("/d/media/v.mp4")), ("audio", Path("/d/media/a.wav")), ("image", Path("/d/media/i.png")),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["<image>\nWhat?", "<video>\nWhat?", "What?", "What?\n<video>"])
+def test_llava_video_writes_its_placeholder_in_several_ways(value: str) -> None:
+    found = conversation({"id": 3, "conversations": turns(value, "That."), "video": "v.mp4", "data_source": "y"})
+    assert found.id == "3"
+    assert sorted(content(found)) == ["What?", "video"]
+    assert (content(found)[0] == "What?") == value.endswith("<video>")
+    assert found.meta == {"data_source": "y"}
+
+
+def test_media_without_placeholders_go_before_the_first_question() -> None:
+    found = conversation({"conversations": turns("One?", "1", "Two?", "2"), "video": ["a.mp4", "b.mp4"]})
+    assert content(found) == ["video", "video", "One?"]
+    assert found.messages[2]["content"] == "Two?"
+
+
+def test_a_table_row_by_its_columns() -> None:
+    row = {"id": "q", "path": "a.mp4", "question": "Is it <video>?", "answer": "no", "level": "3"}
+    found = conversation(row)
+    assert content(found) == ["video", "Is it <video>?"]
+    assert found.messages[1] == {"role": "assistant", "content": "no"}
+    assert (found.id, found.meta) == ("q", {"level": "3"})
+    named = {"file": "a.flac", "q": "?", "label": "x", "id": "q"}
+    found = conversation(named, columns=Columns("file", "q", "label"))
+    assert found.media[0].kind == "audio"
+    assert found.messages[1]["content"] == "x"
+    assert conversation({"audio": "talk.mp4", "question": "?"}).media[0].kind == "audio"
+
+
+def test_a_row_without_an_answer_column_is_unlabelled() -> None:
+    found = conversation({"path": "a.mp4"}, question="What?")
+    assert [message["role"] for message in found.messages] == ["user"]
+    assert found.id == "line 7"
+
+
+def test_messages_keep_all_but_their_paths() -> None:
+    part = {"type": "video", "video": "a.mp4", "fps": 1, "max_frames": 8}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "?"}], "family": "f"}]
+    row = to_messages({"id": "m", "messages": messages, "extra": [None]}, Columns())
+    assert row == {"id": "m", "messages": messages, "extra": [None]}
+    found = conversation(row)
+    assert found.media[0].fps == 1
+    assert found.messages[0]["family"] == "f"
+    assert found.meta == {"extra": [None]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"conversations": turns("<video>?"), "id": "a"}, "fewer files than <video> tags"),
+        ({"conversations": turns("<video>?"), "videos": ["a", "b"]}, "more files than <video> tags"),
+        ({"conversations": [{"from": "tool", "value": ""}]}, r"conversations\[0\].from is 'tool'; one of human"),
+        ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\].value: a string"),
+        ({"conversations": "hello"}, "no list of turns"),
+        ({"conversations": turns("?"), "video": "a", "videos": ["b"]}, "both 'video' and 'videos'"),
+        ({"conversations": turns("?"), "video": 3}, "a media file is 3"),
+        ({"conversations": turns("?"), "video": "https://x.org/a.mp4"}, "an address; download"),
+        ({"conversations": turns("?"), "video": "none.mp4"}, r"^/d/none\.mp4: there is no such file"),
+        ({"movie": "a.mp4", "question": "?"}, "no path: the columns are 'movie', 'question'; name one with --columns"),
+        ({"path": "a.mp4", "prompt": "?"}, "no question in column 'question'"),
+        ({"path": "a.mp4", "question": "?", "answer": ""}, "the answer, column 'answer', is empty"),
+        ({"messages": [{"role": "human", "content": "?"}]}, r"messages\[0\].role"),
+        ({}, "no path"),
+    ],
+)
+def test_what_cannot_be_used_says_why(row: dict[str, Any], message: str) -> None:
+    found = Converter(Path("/d/m.jsonl"), Path("/d")).convert(Entry("line 7", row))
+    assert isinstance(found, Skipped)
+    assert (found.where, found.id) == ("line 7", row.get("id"))
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(found.reason)
+
+
+def test_paths_lead_from_the_manifest_to_the_file_through_links(tmp_path: Path) -> None:
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.mp4").touch()
+    out = tmp_path / "link" / "m.jsonl"
+    line = Converter(out, tmp_path / "media").convert(Entry("line 1", {"path": "a.mp4", "question": "?"}))
+    assert isinstance(line, str)
+    (part,) = parse_line(line, out, 1).media
+    assert "/../" in str(part.path)
+    assert part.path.is_file()
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\n\r\0"), max_size=12)
+
+
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), st.dictionaries(WORDS, WORDS, max_size=3))
+def test_every_text_and_key_survives(texts: list[tuple[str, str]], extra: dict[str, str]) -> None:
+    taken = {"id", "conversations", "messages", "system", "video", "audio", "image", "videos", "audios", "images"}
+    extra = {key: value for key, value in extra.items() if key not in taken}
+    found = conversation({"conversations": turns(*(text for pair in texts for text in pair)), **extra})
+    assert [m["content"] for m in found.messages] == [text for pair in texts for text in pair]
+    assert found.meta == extra
+
+
+def entries(path: Path, source: str | None = None, **options: Any) -> list[Entry]:
+    return list(read_entries(str(path), source or source_of(str(path)), **options))
+
+
+def test_json_lines_and_lists(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\ufeff{"path": "a"}\n\n{"path": \n[1]\n{"path": "b"}', "utf-8")
+    found = entries(tmp_path / "a.jsonl")
+    assert [(entry.where, entry.row.get("path")) for entry in found] == [
+        ("line 1", "a"), ("line 3", None), ("line 4", None), ("line 5", "b"),
+    ]  # fmt: skip
+    assert "no valid JSON" in str(found[1].error)
+    assert "this is a list" in str(found[2].error)
+    (tmp_path / "a.json").write_text(' [{"path": "a"}, 3]')
+    found = entries(tmp_path / "a.json")
+    assert [entry.where for entry in found] == ["entry 1", "entry 2"]
+    assert "this is a int" in str(found[1].error)
+    (tmp_path / "b.json").write_text('[{"path": "a"},\n 3')
+    with pytest.raises(FormatError, match=r"b\.json: no valid JSON .*line 2"):
+        entries(tmp_path / "b.json")
+
+
+def test_tables_with_line_breaks_in_cells(tmp_path: Path) -> None:
+    text = 'path,question,answer\r\na.mp4,"two\r\nlines, and a comma","it ""is"""\r\nb.mp4,one\r\nc.mp4,q,\xe4\r\n'
+    (tmp_path / "a.csv").write_bytes(text.encode("utf-8-sig"))
+    found = entries(tmp_path / "a.csv")
+    assert [entry.where for entry in found] == ["line 2", "line 4", "line 5"]
+    assert found[0].row == {"path": "a.mp4", "question": "two\r\nlines, and a comma", "answer": 'it "is"'}
+    assert found[1].error == "2 cells, but the header has 3 columns"
+    assert found[2].row["answer"] == "ä"
+    (tmp_path / "a.tsv").write_text("path\tquestion\na.mp4\tb, c\n")
+    assert entries(tmp_path / "a.tsv")[0].row == {"path": "a.mp4", "question": "b, c"}
+    (tmp_path / "b.csv").write_bytes("path\n\xe4".encode("latin-1"))
+    with pytest.raises(FormatError, match=r"b\.csv: cannot be read: 'utf-8'"):
+        entries(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("path,path\n")
+    with pytest.raises(FormatError, match="name each column once"):
+        entries(tmp_path / "c.csv")
+
+
+def test_a_folder_gives_its_media_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.MP4", "a/c.webm", "a/sound.wav", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [entry.row["path"] for entry in entries(tmp_path)] == ["a/c.webm", "a/sound.wav", "b.MP4"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FormatError, match="there is no media file"):
+        entries(tmp_path / "empty")
+
+
+def test_hugging_face_folders_without_decoding(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"id": "a", "conversations": turns("?", "!"), "video": "v.mp4", "n": None},
+            {"id": "b", "conversations": turns("?"), "video": "w.mp4", "n": 3}]  # fmt: skip
+    split = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"train": split, "test": split.select([0])}).save_to_disk(tmp_path / "saved")
+    assert source_of(str(tmp_path / "saved")) == "hf"
+    found = entries(tmp_path / "saved", split="train")
+    assert [entry.where for entry in found] == ["row 1", "row 2"]
+    assert found[0].row == {key: value for key, value in rows[0].items() if value is not None}
+    assert found[1].row["n"] == 3
+    assert len(entries(tmp_path / "saved", split="test")) == 1
+    with pytest.raises(FormatError, match="has the splits train, test; choose one with --split"):
+        entries(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    split.to_parquet(tmp_path / "files" / "train.parquet")
+    assert [entry.row["id"] for entry in entries(tmp_path / "files")] == ["a", "b"]
+
+
+def test_media_inside_a_data_set_are_written_beside_the_manifest(tmp_path: Path) -> None:
+    row = {"path": {"path": "x/a.mp4", "bytes": b"film"}, "question": "?"}
+    converter = Converter(tmp_path / "m.jsonl", tmp_path)
+    lines = [converter.convert(Entry(f"row {number}", row)) for number in (1, 2)]
+    paths = {parse_line(str(line), tmp_path / "m.jsonl", 1).media[0].path for line in lines}
+    (path,) = paths
+    assert path.read_bytes() == b"film"
+    assert path.parent == tmp_path / "m_media"
+    assert path.suffix == ".mp4"
+
+
+def test_a_path_that_says_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(FormatError, match=r"suffix '\.txt' says nothing; add --format json\|csv"):
+        source_of(str(tmp_path / "a.txt"))
+    with pytest.raises(FormatError, match="for a name on the hub, add --format hf"):
+        source_of("owner/name")

@@ -1,0 +1,128 @@
+"""Convert a data set to a manifest in messages form.
+
+    python tools/convert_data.py llava_video.json train.jsonl --media-root videos
+    python tools/convert_data.py questions.csv train.jsonl --columns path=file answer=label
+    python tools/convert_data.py clips/ unlabelled.jsonl --question "What happens?"
+    python tools/convert_data.py OWNER/NAME train.jsonl --format hf --split train
+
+IN is JSON or JSON lines (messages, ShareGPT, LLaVA-Video, or columns), a CSV table, a folder of media files, or a
+Hugging Face data set. Ids and all other keys are kept; media paths are written relative to OUT. An entry that cannot
+be used is listed with its reason in OUT.skipped.jsonl; OUT is then not written, unless --skip-bad leaves those out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+from omnisieve.data.errors import DataError
+from omnisieve.data.formats import Columns, Converter, Skipped
+from omnisieve.data.sources import SOURCES, FormatError, read_entries, source_of
+
+FOLDER_QUESTION = "Describe what can be seen and heard."
+SHOWN = 5
+
+
+def main(argv: list[str]) -> int:
+    """Convert and say what was done; 1 when entries cannot be used and were not to be left out."""
+    args = parse(argv)
+    out: Path = args.out
+    source = source_of(args.source) if args.format == "auto" else args.format
+    if Path(args.source).resolve() == out.resolve():
+        raise FormatError(f"{out} is the input itself; choose another file to write")
+    converter = Converter(
+        out,
+        args.media_root or root_of(args.source, source),
+        columns=columns_of(args.columns),
+        question=args.question or (FOLDER_QUESTION if source == "folder" else None),
+        allow_missing=args.allow_missing,
+    )
+    entries = read_entries(args.source, source, split=args.split, subset=args.subset)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    skipped: list[Skipped] = []
+    count = 0
+    temporary = out.with_name(f"{out.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for entry in tqdm(entries, desc="convert", unit="entry"):
+            line = converter.convert(entry)
+            if isinstance(line, Skipped):
+                skipped.append(line)
+            else:
+                file.write(f"{line}\n")
+                count += 1
+    complete = count > 0 and (not skipped or args.skip_bad)
+    if complete:
+        temporary.replace(out)
+    else:
+        temporary.unlink()
+    report(out, count, skipped, complete)
+    return 0 if complete else 1
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="file, folder, or name on the hub")
+    parser.add_argument("out", metavar="OUT", type=Path, help="manifest to write; one that is there is replaced")
+    parser.add_argument("--format", choices=("auto", *SOURCES), default="auto", help="auto: by folder and suffix")
+    parser.add_argument("--media-root", type=Path, help="what media paths are relative to; the folder of IN")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="KEY=NAME", help="columns that hold path, question and answer"
+    )
+    parser.add_argument("--question", help="asked where an entry has none, as in a folder")
+    parser.add_argument("--split", help="of a Hugging Face data set")
+    parser.add_argument("--subset", help="of a Hugging Face data set on the hub, also called its config")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used")
+    parser.add_argument("--allow-missing", action="store_true", help="take entries whose media files are not there")
+    return parser.parse_args(argv)
+
+
+def root_of(source: str, kind: str) -> Path:
+    """What relative media paths of a source are relative to."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    return Path() if kind == "hf" else path.parent
+
+
+def columns_of(pairs: Sequence[str]) -> Columns:
+    """Columns from `key=name`.
+
+    Raises:
+        FormatError: a pair is something else.
+    """
+    known = [field.name for field in fields(Columns)]
+    given = dict(pair.partition("=")[::2] for pair in pairs)
+    for key, name in given.items():
+        if key not in known or not name:
+            raise FormatError(f"--columns {key}={name}: write KEY=NAME, where KEY is one of {', '.join(known)}")
+    return Columns(**given)
+
+
+def report(out: Path, count: int, skipped: Sequence[Skipped], complete: bool) -> None:
+    """Say what was done, and write the list of what was not; an old list does not outlive a run without any."""
+    path = out.with_name(f"{out.name}.skipped.jsonl")
+    if not skipped:
+        path.unlink(missing_ok=True)
+        print(f"{out}: {count} entries" if complete else f"{out} was not written: there is no entry", file=sys.stderr)
+        return
+    path.write_text("".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped), "utf-8")
+    for entry in skipped[:SHOWN]:
+        print(f"{entry.where}: {entry.reason}", file=sys.stderr)
+    total = count + len(skipped)
+    print(f"{len(skipped)} of {total} entries cannot be used; all are listed in {path}", file=sys.stderr)
+    cure = "" if count == 0 else "; correct them, or leave them out with --skip-bad"
+    print(f"{out}: {count} entries" if complete else f"{out} was not written{cure}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except DataError as error:
+        sys.exit(f"convert_data.py: {error}")
