@@ -15,6 +15,11 @@ import numpy as np
 
 WIDTH, HEIGHT = 112, 56
 TONE_HZ = 500.0
+FAULTS = {
+    "missing": "missing", "empty": "empty", "text": "not_media", "html": "not_media", "no_index": "truncated",
+    "half": "truncated", "noise": "corrupt", "no_video": "no_stream",
+}  # fmt: skip
+"""What can be wrong with a video file, and the kind of error that it gives."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,21 @@ def write_media(path: Path, spec: MediaSpec) -> Path:
             _encode_video(container, video, spec)
         if audio is not None:
             _encode_audio(container, audio, spec, audio_seconds)
+    return path
+
+
+def write_faulty(path: Path, fault: str) -> Path:
+    """A path with one of `FAULTS`."""
+    path.unlink(missing_ok=True)
+    if fault == "no_video":
+        return write_media(path, MediaSpec(seconds=0.0, audio_seconds=2.0))
+    if fault in ("no_index", "half"):
+        options = (("movflags", "faststart"),) if fault == "half" else ()
+        content = write_media(path, MediaSpec(options=options)).read_bytes()
+        path.write_bytes(content[: len(content) * (5 if fault == "half" else 6) // 10])
+    elif fault != "missing":
+        text = {"empty": b"", "text": b"This is not a video.\n" * 20, "html": b"<!DOCTYPE html><html>404</html>"}
+        path.write_bytes(text[fault] if fault in text else np.random.default_rng(0).bytes(20_000))
     return path
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from omnisieve.data.media import MediaError, MediaReader, VideoFrames, read_image
-from tests.data.media_files import TONE_HZ, frame_level
+from tests.data.media_files import FAULTS, TONE_HZ, frame_level, write_faulty
 
 Media = Callable[..., Path]
 CONTAINERS = {
@@ -177,35 +177,12 @@ def test_audio_files(media: Media, reader: MediaReader, name: str, codec: str) -
     assert (caught.value.kind, caught.value.stream) == ("no_stream", "video")
 
 
-def damaged(folder: Path, media: Media, kind: str) -> Path:
-    """A file with one fault."""
-    path = folder / f"{kind}.mp4"
-    good = media("clip.mp4").read_bytes()
-    fast = media("fast.mp4", options=(("movflags", "faststart"),)).read_bytes()
-    content = {
-        "empty": b"",
-        "text": b"This is not a video.\n" * 20,
-        "no_index": good[: len(good) * 6 // 10],
-        "half": fast[: len(fast) // 2],
-        "noise": np.random.default_rng(0).bytes(20_000),
-        "html": b"<!DOCTYPE html><html><body>404</body></html>",
-    }
-    path.write_bytes(content[kind])
-    return path
-
-
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        ("empty", "empty"), ("text", "not_media"), ("html", "not_media"), ("no_index", "truncated"),
-        ("half", "truncated"), ("noise", "corrupt"),
-    ],
-)  # fmt: skip
-def test_each_fault_gives_its_error(tmp_path: Path, media: Media, reader: MediaReader, fault: str, kind: str) -> None:
-    path = damaged(tmp_path, media, fault)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_gives_its_error(tmp_path: Path, reader: MediaReader, fault: str) -> None:
+    path = write_faulty(tmp_path / f"{fault}.mp4", fault)
     with pytest.raises(MediaError) as caught:
         reader.read(path)
-    assert caught.value.kind == kind
+    assert caught.value.kind == FAULTS[fault]
     assert caught.value.file == str(path)
     assert str(path) in str(caught.value)
     assert "Cure:" in str(caught.value)

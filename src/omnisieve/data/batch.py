@@ -63,6 +63,25 @@ class Features:
 
 
 @dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read.
+
+    Attributes:
+        id: of its conversation.
+        path: of the file at fault.
+        kind: of the fault, see `media`. reason: what is wrong. cure: what to do about it.
+        replacement: id of the sample that stands in its place.
+    """
+
+    id: str
+    path: str
+    kind: str
+    reason: str
+    cure: str
+    replacement: str
+
+
+@dataclass(frozen=True)
 class Sample:
     """One conversation, ready for collation. S is its length with all placeholders in place.
 
@@ -78,7 +97,7 @@ class Sample:
         seconds_per_grid: one per video.
         features: cached encoder outputs instead of patches and mel spectrograms.
         meta: the manifest line's other keys (`family`, `evidence`, `question`, `answer`, ...).
-        failures: messages of samples that could not be read and that this one stands for.
+        failures: samples that could not be read and that this one stands for.
     """
 
     id: str
@@ -94,7 +113,7 @@ class Sample:
     seconds_per_grid: tuple[float, ...] = ()
     features: Features | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
-    failures: tuple[str, ...] = ()
+    failures: tuple[BadSample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +132,7 @@ class Batch:
         features: cached encoder outputs; pixels and mel spectrograms are None then.
         answer_tokens: labels that are not -100, per sample, counted on the host.
         ids, meta: per sample, see `Sample`.
-        failures: messages of all samples that were replaced.
+        failures: all samples that were replaced.
     """
 
     input_ids: Tensor
@@ -132,7 +151,7 @@ class Batch:
     answer_tokens: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
     meta: tuple[Mapping[str, Any], ...] = ()
-    failures: tuple[str, ...] = ()
+    failures: tuple[BadSample, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from omnisieve.data.batch import Features, Patches, Sample
+from omnisieve.data.batch import BadSample, Features, Patches, Sample
 from omnisieve.data.errors import DataError
 from omnisieve.data.feature_cache import FeatureCache
 from omnisieve.data.manifest import Conversation, MediaPart
@@ -170,21 +170,21 @@ class OmniDataset(Dataset[Sample]):
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> Sample:
-        failures: list[str] = []
+        failed: list[tuple[str, MediaError]] = []
         for attempt in range(_ATTEMPTS):
+            conversation = self.conversations[_substitute(index, attempt, len(self))]
             try:
-                return replace(self._read(_substitute(index, attempt, len(self))), failures=tuple(failures))
+                sample = self.loader.sample(conversation, self.loader.load(conversation))
             except MediaError as error:
                 if self.on_error == "raise":
                     raise
-                failures.append(str(error))
+                failed.append((conversation.id, error))
+                continue
+            bad = tuple(BadSample(id, e.file, e.kind, e.reason, e.cure, sample.id) for id, e in failed)
+            return replace(sample, failures=bad)
         raise DataError(
-            f"sample {index} and {_ATTEMPTS - 1} others drawn in its place cannot be read; first: {failures[0]}"
+            f"sample {index} and {_ATTEMPTS - 1} others drawn in its place cannot be read; first: {failed[0][1]}"
         )
-
-    def _read(self, index: int) -> Sample:
-        conversation = self.conversations[index]
-        return self.loader.sample(conversation, self.loader.load(conversation))
 
 
 def _substitute(index: int, attempt: int, length: int) -> int:

@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,12 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.host_group)
         return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank brings, by rank; for small values that pickle, on rare occasions."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from omnisieve.artifact import save_compressor
 from omnisieve.config import TrainConfig, save_config
 from omnisieve.data.batch import Batch
+from omnisieve.training.bad_samples import BadSamples
 from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore, run_identity
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, gathered, learning_rates
@@ -35,7 +36,7 @@ class Trainer:
     """Trains a compressor; every rank makes one and calls `fit`.
 
     The run's folder then holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and the compressor as
-    exported folders: `last/`, and `best/` by validation loss.
+    exported folders: `last/`, and `best/` by validation loss. `bad_samples.jsonl` lists files that could not be read.
     """
 
     def __init__(self, config: TrainConfig, module: TrainingModule, streams: Streams, ranks: Ranks) -> None:
@@ -56,7 +57,7 @@ class Trainer:
             identity=run_identity(config),
             limit=config.train.save_total_limit,
         )
-        self._reported: set[str] = set()
+        self._bad_samples = BadSamples(self._directory, ranks)
 
     def fit(self) -> None:
         """Train to the last step, from the checkpoint that `train.resume` means, if there is one.
@@ -90,6 +91,8 @@ class Trainer:
                 clock.restart()
             if self._validates and self._is_due(self._train.eval_every):
                 tracker.log(self.step, self._validate())
+            if self._is_due(self._train.log_every) or self._is_due(self._train.save_every):
+                self._bad_samples.share()
             if self._is_due(self._train.save_every):
                 self._save()
 
@@ -115,7 +118,7 @@ class Trainer:
         ratio = self._ratio()
         self.engine.train()
         for micro_step, batch in enumerate(window):
-            self._report_failures(batch)
+            self._bad_samples.note(batch.failures)
             seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
             outputs = self.engine(batch.to(self.engine.device), scale=scale, ratio=ratio, seed=seed)
             self.engine.backward(outputs["loss"], scale_wrt_gas=False)
@@ -125,12 +128,6 @@ class Trainer:
     def _ratio(self) -> float | None:
         low, high = self._train.ratio.min, self._train.ratio.max
         return None if low is None or high is None else draw_ratio(self._train.seed, self.step, low, high)
-
-    def _report_failures(self, batch: Batch) -> None:
-        for message in batch.failures:
-            if message not in self._reported:
-                self._reported.add(message)
-                tqdm.write(f"replaced a sample: {message}", file=sys.stderr)
 
     # Every few steps.
 
@@ -156,7 +153,7 @@ class Trainer:
         self.engine.eval()
         meter = Meter(self._ranks)
         for batch, counts in self._streams.val:
-            self._report_failures(batch)
+            self._bad_samples.note(batch.failures)
             outputs = self.engine(batch.to(self.engine.device))
             meter.add(outputs, batch, weight=float(counts))
         sums = meter.read()
