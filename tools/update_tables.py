@@ -3,7 +3,8 @@
     python tools/update_tables.py            # rewrites
     python tools/update_tables.py --check    # exits 1 if a document is out of date
 
-A table stands between `<!-- table: results/FILE.json -->` and `<!-- end of table -->`; FILE is a `report.json`.
+A table stands between `<!-- table: results/FILE.json -->` and `<!-- end of table -->`; FILE is a `report.json`. With
+`by ratio` behind the file it has a column for each ratio instead of a row, and accuracies alone.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import re
 import sys
 from pathlib import Path
 
-from omnisieve.evaluation.report import markdown
+from omnisieve.evaluation.report import markdown, markdown_by_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs", "data/testbed")
-BLOCK = re.compile(r"(<!-- table: (?P<source>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- table: (?P<source>\S+)(?P<by_ratio> by ratio)? -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL
+)
 
 
 def main(argv: list[str]) -> int:
@@ -45,12 +48,16 @@ def documents() -> list[Path]:
 
 def refreshed(path: Path) -> str:
     """A document's text with every table generated."""
-    return BLOCK.sub(lambda block: block[1] + table(block["source"]) + block[3], path.read_text(encoding="utf-8"))
+    return BLOCK.sub(
+        lambda block: block[1] + table(block["source"], by_ratio=bool(block["by_ratio"])) + block["end"],
+        path.read_text(encoding="utf-8"),
+    )
 
 
-def table(source: str) -> str:
+def table(source: str, *, by_ratio: bool) -> str:
     """The Markdown of a report."""
-    return markdown(json.loads((ROOT / source).read_text(encoding="utf-8")))
+    report = json.loads((ROOT / source).read_text(encoding="utf-8"))
+    return markdown_by_ratio(report) if by_ratio else markdown(report)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from omnisieve.evaluation.report import (
     check_answered,
     make_report,
     markdown,
+    markdown_by_ratio,
     write_report,
 )
 
@@ -160,3 +161,17 @@ def test_written_files(tmp_path: Path) -> None:
     assert len(lines) == 40
     assert lines[0]["method"] == "full"
     assert lines[0]["question"] == "q0"
+
+
+def test_ratios_may_be_columns() -> None:
+    rows = [*cells(), cell("random", "training-free", 0.1, 1)]
+    assert markdown_by_ratio(make_report(rows, {})).splitlines() == [
+        "| method | 100% | 25% | 10% |",
+        "|---|---|---|---|",
+        "| full | 100.0 |  |  |",
+        "| random |  | 25.0 | 12.5 |",
+        "| stvp |  | 50.0 |  |",
+        "| oracle |  | 100.0 |  |",
+        "| out/export |  | 75.0 |  |",
+        "| dycoke |  |  | - |",
+    ]

@@ -12,8 +12,9 @@ def test_documents_are_up_to_date() -> None:
     assert update_tables.main(["--check"]) == 0
 
 
-def test_a_changed_number_is_noticed_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "README.md").write_text("a\n<!-- table: r.json -->\n| 99 |\n<!-- end of table -->\nb\n")
+@pytest.mark.parametrize("form", ["", " by ratio"])
+def test_a_changed_number_is_noticed_and_mended(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text(f"a\n<!-- table: r.json{form} -->\n| 99 |\n<!-- end of table -->\nb\n")
     (tmp_path / "r.json").write_text('{"rows": [], "comparisons": [], "unreachable": [], "failures": []}')
     monkeypatch.setattr(update_tables, "ROOT", tmp_path)
     monkeypatch.setattr(update_tables, "DOCUMENTS", ("README.md",))

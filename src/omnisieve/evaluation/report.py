@@ -144,6 +144,31 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def markdown_by_ratio(report: Mapping[str, Any]) -> str:
+    """Accuracies alone, a table per benchmark: a row for each method, a column for each ratio; "-" is unreachable."""
+    parts = []
+    for benchmark in dict.fromkeys(row["benchmark"] for row in report["rows"]):
+        found: dict[str, dict[float, Mapping[str, Any]]] = {}
+        for row in report["rows"]:
+            if row["benchmark"] == benchmark:
+                found.setdefault(row["method"], {})[row["retained_ratio"]] = row
+        ratios = sorted({ratio for by_ratio in found.values() for ratio in by_ratio}, reverse=True)
+        lines = [
+            "| method | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |",
+            "|---|" + "---|" * len(ratios),
+        ]
+        for method, by_ratio in found.items():
+            lines.append(f"| {method} | " + " | ".join(_score(by_ratio.get(ratio)) for ratio in ratios) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _score(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return "-" if row["accuracy"] is None else f"{row['accuracy']:.1f}"
+
+
 def _nothing_asked(failures: Sequence[Mapping[str, str]]) -> str:
     first = f"; first: {failures[0]['error']}" if failures else ""
     return f"none of its questions could be asked (clips that cannot be read: {len(failures)}{first})"
