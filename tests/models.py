@@ -16,11 +16,13 @@ from transformers import (
     Qwen3OmniMoeThinkerForConditionalGeneration,
 )
 
+from tests.layouts import FAMILIES as FAMILIES
+from tests.layouts import QWEN2_5, QWEN3
+
 HIDDEN = 32
 PAD, EOS, IMAGE, AUDIO, VIDEO, AUDIO_START, AUDIO_END, VISION_START, VISION_END = range(9)
 FIRST_WORD, VOCABULARY = 9, 64
 IDS_PER_SECOND, IDS_PER_WINDOW, PATCH, MERGE, MEL_BINS = 25, 50, 14, 2, 128
-QWEN2_5, QWEN3 = FAMILIES = ("qwen2_5", "qwen3")
 QWEN3_IDS_PER_SECOND, QWEN3_PATCH = 13, 16
 DEEPSTACK_LAYERS = 2
 

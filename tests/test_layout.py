@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omnisieve.data.tokens import Qwen3OmniRules, TokenRules, VideoRun, expand
 from omnisieve.layout import MEDIA, Modality, TokenLayout
-from tests.layouts import LayoutSpec, make_layout, make_map
+from tests.layouts import FAMILIES, IDS_PER_WINDOW, QWEN3, LayoutSpec, make_layout, make_map
 
 specs = st.builds(
     LayoutSpec,
@@ -54,6 +55,21 @@ def listed(segments) -> list[list[list[int]]]:
         [index[valid].tolist() for index, valid in zip(*sample, strict=True) if valid.any()]
         for sample in zip(segments.index, segments.valid, strict=True)
     ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("grids_per_window", "audio"), [(2, True), (4, True), (2, False)])
+def test_layouts_of_tests_are_those_of_the_families(family: str, grids_per_window: int, audio: bool) -> None:
+    """At the audio rate of the family; start and end tokens of a sounding video count as text."""
+    text, video = 2, 3
+    rules = (Qwen3OmniRules if family == QWEN3 else TokenRules)(1, video, 4, 5, 6)
+    windows, rate = 3, IDS_PER_WINDOW[family]
+    run = VideoRun((windows * grids_per_window, 4, 6), 2 / grids_per_window, windows * rate * audio)
+    expected = expand(np.array([text] * (6 - audio) + [video] + [text] * (7 - audio)), [run], rules).tokens
+    spec = LayoutSpec(windows, grids_per_window, rows=2, columns=3, audio_per_window=rate, audio=audio, text=6)
+    found = make_map(spec, family)
+    for name in ("modality", "item", "frame", "row", "column", "time", "stream"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
 @given(batches, sides, st.integers(0, 3))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from omnisieve import build_compressor, list_compressors
 from omnisieve.compressors import Compressor, Need, compressor_type
 from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.layout import TokenLayout
-from tests.layouts import LayoutSpec, make_layout
+from omnisieve.plan import Plan
+from tests.layouts import QWEN2_5, LayoutSpec, make_layout
 
 HIDDEN, HEAD = 16, 8
 
@@ -79,7 +82,7 @@ LAYOUTS = {
     "image": LayoutSpec(images=7),
     "odd_grids": LayoutSpec(odd_grids=True, rows=3, columns=5),
     "capped_frame_rate": LayoutSpec(windows=5, grid_every=2, grids_per_window=1),
-    "long_audio": LayoutSpec(windows=4, rows=2, columns=2, audio_per_window=50),
+    "long_audio": LayoutSpec(windows=4, rows=2, columns=2, audio_per_window=26),
     "one_short_window": LayoutSpec(windows=1, grids_per_window=1, rows=2, columns=2, audio_per_window=3),
     "text_only": LayoutSpec(video=False, audio=False),
 }
@@ -141,19 +144,20 @@ def label(case: tuple[str, dict[str, Any]]) -> str:
     return "-".join([case[0], *(str(value) for value in case[1].values() if isinstance(value, str))])
 
 
-def build(case: tuple[str, dict[str, Any]], **budget: Any) -> Compressor:
+def build(case: tuple[str, dict[str, Any]], *, hidden_size: int = HIDDEN, **budget: Any) -> Compressor:
     """The method with fixed weights; `full` has one ratio only."""
     name, fields = case
     torch.manual_seed(0)
     budget = {"retained_ratio": 1.0} if name == "full" else budget
-    return build_compressor(name, hidden_size=HIDDEN, **fields, **budget).eval()
+    return build_compressor(name, hidden_size=hidden_size, **fields, **budget).eval()
 
 
 class Batch:
     """Layout, embeddings and statistics of some samples; what a sample holds does not depend on its neighbours."""
 
-    def __init__(self, names: Sequence[str], padding_side: str = "right") -> None:
-        self.layout: TokenLayout = make_layout(*(LAYOUTS[name] for name in names), padding_side=padding_side)
+    def __init__(self, names: Sequence[str], padding_side: str = "right", family: str = QWEN2_5) -> None:
+        specs = [LAYOUTS[name] for name in names]
+        self.layout: TokenLayout = make_layout(*specs, padding_side=padding_side, family=family)
         self.embeds = torch.full((len(names), self.layout.length, HIDDEN), 1e3)
         self._attention = torch.full((len(names), self.layout.length), 1e3)
         self._keys = torch.full((len(names), self.layout.length, HEAD), 1e3)
@@ -164,6 +168,15 @@ class Batch:
             self.embeds[row, self.present[row]] = torch.randn(size, HIDDEN, generator=generator)
             self._attention[row, self.present[row]] = torch.rand(size, generator=generator) + 0.1
             self._keys[row, self.present[row]] = torch.randn(size, HEAD, generator=generator)
+
+    def to(self, target: torch.device | torch.dtype | str) -> Batch:
+        """The same with its tensors elsewhere, or in another precision."""
+        twin = copy.copy(self)
+        for name in ("embeds", "_attention", "_keys"):
+            setattr(twin, name, getattr(self, name).to(target))
+        if not isinstance(target, torch.dtype):
+            twin.layout, twin.present = self.layout.to(target), self.present.to(target)
+        return twin
 
     def needs(self, compressor: Compressor) -> dict[Need, Tensor]:
         return {need: self._statistic(need) for need in compressor.needs}
@@ -179,6 +192,11 @@ class Batch:
         return values[row][self.present[row]]
 
 
+@cache
+def batch_of(*names: str, padding_side: str = "right", family: str = QWEN2_5) -> Batch:
+    return Batch(names, padding_side, family)
+
+
 @torch.no_grad()
-def plan_of(compressor: Compressor, batch: Batch):
+def plan_of(compressor: Compressor, batch: Batch) -> Plan:
     return compressor.plan(batch.embeds, batch.layout, batch.needs(compressor))

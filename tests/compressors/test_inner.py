@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,9 @@ from omnisieve import build_compressor
 from omnisieve.compressors import CompressorError, UnreachableRatioError
 from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.layout import MEDIA, Modality
-from tests.compressors.cases import INNER, LAYOUTS, Batch, build, label, plan_of
-from tests.layouts import LayoutSpec, make_layout
+from tests.compressors.cases import INNER, LAYOUTS, Batch, batch_of, build, label, plan_of
+from tests.layouts import FAMILIES, QWEN2_5, LayoutSpec, make_layout
+from tests.waiting import NoWaiting
 
 RATIOS: dict[str, dict[str, float]] = {
     "easy": {"retained_ratio": 0.4},
@@ -28,11 +30,7 @@ DEPTHS = (8, 28, 36)
 methods = pytest.mark.parametrize("method", INNER, ids=label)
 ratios = pytest.mark.parametrize("ratio", RATIOS)
 depths = pytest.mark.parametrize("depth", DEPTHS)
-
-
-@cache
-def batch_of(*names: str, padding_side: str = "right") -> Batch:
-    return Batch(names, padding_side)
+families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def scores_of(batch: Batch, names: tuple[str, ...], cut: int) -> Tensor:
@@ -55,12 +53,12 @@ def bound(method: tuple[str, dict[str, Any]], depth: int, **budget: Any) -> Inne
 
 
 @cache
-def reachable(compressor: InnerCompressor) -> tuple[str, ...]:
+def reachable(compressor: InnerCompressor, family: str = QWEN2_5) -> tuple[str, ...]:
     """Names of the samples on which the ratio can be had."""
     names = []
     for name in LAYOUTS:
         try:
-            compressor.counts(batch_of(name).layout)
+            compressor.counts(batch_of(name, family=family).layout)
         except UnreachableRatioError:
             continue
         names.append(name)
@@ -96,11 +94,17 @@ def test_cuts_follow_each_other_and_score_what_is_there(method: tuple[str, dict[
 @methods
 @ratios
 @depths
-def test_announced_counts_are_met_exactly(method: tuple[str, dict[str, Any]], ratio: str, depth: int) -> None:
+@families
+def test_announced_counts_are_met_exactly(
+    method: tuple[str, dict[str, Any]], ratio: str, depth: int, family: str
+) -> None:
     compressor = bound(method, depth, **ratios_of(method, ratio))
-    names = reachable(compressor)
-    batch = batch_of(*names)
+    names = reachable(compressor, family)
+    batch = batch_of(*names, family=family)
     left, counts = left_after_cuts(compressor, batch, names), compressor.counts(batch.layout)
+    kept = plan_of(compressor, batch).keep
+    assert kept[batch.layout.mask(Modality.TEXT, Modality.IMAGE)].all()
+    assert not kept[~batch.present].any()
     measured = np.stack([keep.sum(dim=1).numpy() for keep in left])
     np.testing.assert_array_equal(measured[1:], counts)
     layers = compressor.layer_counts(batch.layout)
@@ -126,15 +130,21 @@ def test_the_ratio_is_the_mean_over_layers(method: tuple[str, dict[str, Any]], r
 
 
 @methods
-@ratios
-def test_a_sample_is_treated_alike_alone_and_in_a_batch(method: tuple[str, dict[str, Any]], ratio: str) -> None:
+@pytest.mark.parametrize("ratio", ["easy", "hard"])
+@families
+def test_a_sample_is_treated_alike_alone_and_in_a_batch(
+    method: tuple[str, dict[str, Any]], ratio: str, family: str
+) -> None:
     compressor = bound(method, 28, **ratios_of(method, ratio))
-    names = reachable(compressor)
+    names = reachable(compressor, family)
     shuffled = tuple(np.random.default_rng(0).permutation(names))
-    batches = {names: batch_of(*names), shuffled: batch_of(*shuffled, padding_side="left")}
+    batches = {
+        names: batch_of(*names, family=family),
+        shuffled: batch_of(*shuffled, padding_side="left", family=family),
+    }
     outcomes = {order: left_after_cuts(compressor, batch, order) for order, batch in batches.items()}
     for name in names:
-        alone = left_after_cuts(compressor, batch_of(name), (name,))
+        alone = left_after_cuts(compressor, batch_of(name, family=family), (name,))
         for order, batch in batches.items():
             for together, expected in zip(outcomes[order], alone, strict=True):
                 assert torch.equal(batch.sample(order.index(name), together), expected[0]), name
@@ -148,14 +158,25 @@ def test_ratio_one_cuts_nothing(method: tuple[str, dict[str, Any]]) -> None:
 
 
 @methods
-def test_choosing_reads_nothing_back(method: tuple[str, dict[str, Any]]) -> None:
+def test_half_precision_enters_the_same_tokens(method: tuple[str, dict[str, Any]]) -> None:
+    """Scores inside the LLM are single precision by definition; those of the first stage follow the embeddings."""
     compressor = bound(method, 28, retained_ratio=0.4)
-    names = reachable(compressor)
-    layout = batch_of(*names).layout.to("meta")
-    nothing = torch.empty(layout.modality.shape, device="meta")
-    for number, cut in enumerate(compressor.cuts()):
-        if cut.score is not None:
-            assert compressor.keep_after(number, nothing, nothing.bool(), layout).is_meta
+    half = batch_of(*reachable(compressor)).to(torch.bfloat16)
+    assert torch.equal(plan_of(compressor, half).keep, plan_of(compressor, half.to(torch.float32)).keep)
+
+
+@methods
+@pytest.mark.parametrize("rounding", ["exact", "official"])
+def test_choosing_never_waits(method: tuple[str, dict[str, Any]], rounding: str) -> None:
+    compressor = bound(method, 28, retained_ratio=0.4, rounding=rounding)
+    batch = batch_of(*reachable(compressor)).to("meta")
+    needs, away = batch.needs(compressor), copy.deepcopy(compressor).to("meta")
+    nothing = torch.empty(batch.layout.modality.shape, device="meta")
+    with torch.no_grad(), NoWaiting():
+        assert away.plan(batch.embeds, batch.layout, needs).apply(batch.embeds).embeds.is_meta
+        for number, cut in enumerate(away.cuts()):
+            if cut.score is not None:
+                assert away.keep_after(number, nothing, nothing > 0, batch.layout).is_meta
 
 
 @methods

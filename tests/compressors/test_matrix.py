@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from omnisieve.compressors import UnreachableRatioError
+from omnisieve.compressors import Compressor, UnreachableRatioError
 from omnisieve.layout import Modality
 from omnisieve.plan import Plan
 from tests.compressors.cases import (
@@ -19,21 +18,20 @@ from tests.compressors.cases import (
     OUT_OF_REACH,
     PUBLISHED,
     Batch,
+    batch_of,
     build,
     in_reach,
     label,
     plan_of,
     ratios_of,
 )
+from tests.layouts import FAMILIES
+from tests.waiting import NoWaiting
 
 methods = pytest.mark.parametrize("method", METHODS, ids=label)
 published = pytest.mark.parametrize("method", PUBLISHED, ids=label)
-ratios = pytest.mark.parametrize("ratio", ["easy", "hard", "pair"])
-
-
-@cache
-def batch_of(*names: str, padding_side: str = "right") -> Batch:
-    return Batch(names, padding_side)
+ratios = pytest.mark.parametrize("ratio", ["easy", "hard"])
+families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def asked(ratio: dict[str, float], video: int, audio: int) -> float:
@@ -58,11 +56,11 @@ def check_plan(plan: Plan, batch: Batch) -> None:
 
 
 @methods
-@ratios
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_the_budget_is_met_exactly(method: tuple[str, dict[str, Any]], ratio: str, padding_side: str) -> None:
+@pytest.mark.parametrize("ratio", ["easy", "hard", "pair"])
+@families
+def test_the_budget_is_met_exactly(method: tuple[str, dict[str, Any]], ratio: str, family: str) -> None:
     compressor = build(method, **ratios_of(method, ratio))
-    batch = batch_of(*in_reach(method, ratio), padding_side=padding_side)
+    batch = batch_of(*in_reach(method, ratio), family=family)
     plan, budget = plan_of(compressor, batch), compressor.budget(batch.layout)
     measured = plan.measured(batch.layout)
     assert budget.exact
@@ -79,17 +77,21 @@ def test_the_budget_is_met_exactly(method: tuple[str, dict[str, Any]], ratio: st
 
 @methods
 @ratios
-def test_a_sample_is_treated_alike_alone_and_in_a_batch(method: tuple[str, dict[str, Any]], ratio: str) -> None:
-    assert_invariant(build(method, **ratios_of(method, ratio)), in_reach(method, ratio))
+@families
+def test_a_sample_is_treated_alike_alone_and_in_a_batch(
+    method: tuple[str, dict[str, Any]], ratio: str, family: str
+) -> None:
+    assert_invariant(build(method, **ratios_of(method, ratio)), in_reach(method, ratio), family)
 
 
 @pytest.mark.parametrize(("method", "ratio"), OUT_OF_REACH, ids="-".join)
-def test_what_cannot_be_reached_is_refused(method: str, ratio: str) -> None:
+@families
+def test_what_cannot_be_reached_is_refused(method: str, ratio: str, family: str) -> None:
     """By name of the reachable range, and by every sample alone: the batch is no excuse."""
     case = (method, {})
     compressor = build(case, **ratios_of(case, ratio))
     for name in OUT_OF_REACH[method, ratio]:
-        batch = batch_of(name)
+        batch = batch_of(name, family=family)
         with pytest.raises(UnreachableRatioError, match=rf"{method}: sample 0 .* reachable are"):
             plan_of(compressor, batch)
         with pytest.raises(UnreachableRatioError):
@@ -97,9 +99,10 @@ def test_what_cannot_be_reached_is_refused(method: str, ratio: str) -> None:
 
 
 @published
-def test_published_rounding_keeps_at_most_its_bound(method: tuple[str, dict[str, Any]]) -> None:
+@families
+def test_published_rounding_keeps_at_most_its_bound(method: tuple[str, dict[str, Any]], family: str) -> None:
     compressor = build(method, **ratios_of(method, "published"), rounding="official")
-    batch = batch_of(*in_reach(method, "published"))
+    batch = batch_of(*in_reach(method, "published"), family=family)
     plan, budget = plan_of(compressor, batch), compressor.budget(batch.layout)
     measured = plan.measured(batch.layout)
     compare = np.testing.assert_array_equal if budget.exact else np.testing.assert_array_less
@@ -107,16 +110,16 @@ def test_published_rounding_keeps_at_most_its_bound(method: tuple[str, dict[str,
     for name in ("video", "audio"):
         compare(measured[name], getattr(budget, name) + slack)
     check_plan(plan, batch)
-    assert_invariant(compressor, in_reach(method, "published"))
+    assert_invariant(compressor, in_reach(method, "published"), family)
 
 
-def assert_invariant(compressor: torch.nn.Module, samples: tuple[str, ...]) -> None:
+def assert_invariant(compressor: Compressor, samples: tuple[str, ...], family: str) -> None:
     """Alone, in a batch, in another order and padded on the other side: the same tokens, equally merged."""
     shuffled = tuple(np.random.default_rng(0).permutation(samples))
-    batches = [batch_of(*samples), batch_of(*shuffled, padding_side="left")]
+    batches = [batch_of(*samples, family=family), batch_of(*shuffled, padding_side="left", family=family)]
     outcomes = [(plan.keep, merged(plan, batch)) for batch in batches for plan in [plan_of(compressor, batch)]]
     for name in samples:
-        alone = batch_of(name)
+        alone = batch_of(name, family=family)
         plan = plan_of(compressor, alone)
         for names, batch, (keep, embeds) in zip((samples, shuffled), batches, outcomes, strict=True):
             row = names.index(name)
@@ -139,39 +142,67 @@ def test_ratio_one_keeps_everything(method: tuple[str, dict[str, Any]]) -> None:
 
 
 @methods
-def test_planning_reads_nothing_back(method: tuple[str, dict[str, Any]]) -> None:
-    """Tensors on `meta` have no values: whoever asks for one, or for a shape that depends on one, is found out."""
+@ratios
+def test_half_precision_chooses_the_same(method: tuple[str, dict[str, Any]], ratio: str) -> None:
+    """The same values, ties included: what is compared is computed in single precision, whatever the model runs in."""
+    compressor = build(method, **ratios_of(method, ratio))
+    half = batch_of(*in_reach(method, ratio)).to(torch.bfloat16)
+    single = half.to(torch.float32)
+    plans = plan_of(compressor, half), plan_of(compressor, single)
+    assert torch.equal(plans[0].keep, plans[1].keep)
+    torch.testing.assert_close(merged(plans[0], half).float(), merged(plans[1], single), rtol=0.02, atol=0.02)
+
+
+@methods
+@pytest.mark.parametrize("training", [False, True])
+def test_planning_never_waits(method: tuple[str, dict[str, Any]], training: bool) -> None:
     compressor, batch = build(method, **ratios_of(method, "easy")), batch_of(*in_reach(method, "easy"))
-    needs = {need: value.to("meta") for need, value in batch.needs(compressor).items()}
-    with torch.no_grad():
-        plan = copy.deepcopy(compressor).to("meta").plan(batch.embeds.to("meta"), batch.layout.to("meta"), needs)
+    away, elsewhere = copy.deepcopy(compressor).to("meta").train(training), batch.to("meta")
+    needs = elsewhere.needs(compressor)
+    with torch.set_grad_enabled(training), NoWaiting():
+        plan = away.plan(elsewhere.embeds, elsewhere.layout, needs)
+        applied = plan.apply(elsewhere.embeds)
     np.testing.assert_array_equal(plan.kept, plan_of(compressor, batch).kept)
-    applied = plan.apply(batch.embeds.to("meta"))
     assert applied.embeds.shape == (len(plan.kept), plan.kept.max(), batch.embeds.shape[-1])
 
 
 @published
-def test_published_rounding_reads_nothing_back(method: tuple[str, dict[str, Any]]) -> None:
+def test_published_rounding_never_waits(method: tuple[str, dict[str, Any]]) -> None:
     compressor = build(method, **ratios_of(method, "published"), rounding="official").to("meta")
-    batch = batch_of(*in_reach(method, "published"))
-    needs = {need: value.to("meta") for need, value in batch.needs(compressor).items()}
-    with torch.no_grad():
-        assert compressor.plan(batch.embeds.to("meta"), batch.layout.to("meta"), needs).keep.is_meta
+    batch = batch_of(*in_reach(method, "published")).to("meta")
+    needs = batch.needs(compressor)
+    with torch.no_grad(), NoWaiting():
+        assert compressor.plan(batch.embeds, batch.layout, needs).apply(batch.embeds).embeds.is_meta
 
 
-READERS = {
+WAITS = {
     "item": lambda x: x.sum().item(),
+    "branch": lambda x: 1 if x.any() else 0,
     "nonzero": lambda x: x.nonzero(),
     "boolean index": lambda x: x[x > 0],
+    "write through a boolean index": lambda x: x.index_put_((x > 0,), torch.ones(2, device="meta")),
     "copy": lambda x: x.cpu(),
+    "copy into": lambda x: torch.ones(3).copy_(x),
     "list": lambda x: x.tolist(),
+    "upload that blocks": lambda x: torch.ones(3).to(x.device),
+    "unique": lambda x: x.unique(),
+    "comparison": lambda x: torch.equal(x, x + 1),
 }
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_meta_finds_readers_out(reader: str) -> None:
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        READERS[reader](torch.ones(3, device="meta"))
+@pytest.mark.parametrize("wait", WAITS)
+def test_waiting_is_found_out(wait: str) -> None:
+    values = torch.ones(3, device="meta")
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoWaiting():
+        WAITS[wait](values)
+
+
+def test_what_does_not_wait_is_let_through() -> None:
+    values = torch.ones(3, device="meta")
+    with NoWaiting():
+        index = torch.arange(2).to(values.device, non_blocking=True)
+        assert values[index].is_meta
+        assert values.masked_fill(values > 0, 2.0).double().is_meta
 
 
 @methods
