@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from omnisieve.data.batch import Batch, Sample
 from omnisieve.data.collate import collate
 from omnisieve.data.dataset import MediaLoader, OmniDataset
 from omnisieve.data.errors import DataError
-from omnisieve.data.manifest import Manifest
+from omnisieve.data.manifest import Manifest, MediaPart
 from omnisieve.data.media import MediaError
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.sampler import StreamSampler
@@ -226,3 +228,18 @@ def test_workers_give_the_same_batches(conversations: Manifest, loader: MediaLoa
         assert torch.equal(alone.position_ids, parallel.position_ids)
         for name, tensor in alone.model_inputs().items():
             assert torch.equal(tensor, parallel.model_inputs()[name]), name
+
+
+def test_sizes_are_known_without_decoding(conversations: Manifest, media: Media, loader: MediaLoader) -> None:
+    parts = {part for line in conversations for part in line.media if part.kind != "image"}
+    names = {"late.mp4": {"audio_start": 1.5, "audio_seconds": 2.0}, "clip.webm": {"video_codec": "libvpx-vp9",
+             "audio_codec": "libopus", "sample_rate": 48_000}, "clip.ts": {}, "short.mp4": {"seconds": 0.3},
+             "clip.mkv": {}}  # fmt: skip
+    if hasattr(av.VideoStream, "set_display_rotation"):  # PyAV below 18 cannot write it
+        names["rotated.mp4"] = {"rotation": 90}
+    parts |= {MediaPart("video", media(name, **spec)) for name, spec in names.items()}
+    for part in parts:
+        probed, decoded = loader.size(loader.probe(part)), loader.load_part(part).run
+        sound = "tokens" if part.kind == "audio" else "audio_tokens"
+        assert getattr(probed, sound) == pytest.approx(getattr(decoded, sound), abs=2), part
+        assert replace(probed, **{sound: 0}) == replace(decoded, **{sound: 0}), part

@@ -291,3 +291,27 @@ def test_images(tmp_path: Path, media: Media) -> None:
         with pytest.raises(MediaError) as caught:
             read_image(tmp_path / name)
         assert caught.value.kind in kind
+
+
+def test_a_probe_tells_what_is_in_a_file(media: Media, reader: MediaReader) -> None:
+    info = reader.probe(media("late.mp4", audio_start=1.5, audio_seconds=2.0), fps=2.0, max_frames=4)
+    assert info.streams == ("video/h264", "audio/aac")
+    assert info.video is not None
+    assert info.audio is not None
+    assert (info.video.frames, info.video.width, info.video.height, info.video.rotation) == (40, 112, 56, 0)
+    assert (info.video.sampled, info.video.seconds_per_frame) == (4, pytest.approx(1.0))
+    assert info.video.seconds == pytest.approx(4.0)
+    assert info.audio.start == pytest.approx(1.5, abs=0.1)
+    assert info.audio.seconds == pytest.approx(3.5, abs=0.1)
+    assert (info.audio.rate, info.audio.channels) == (16_000, 1)
+    assert reader.probe(media("silent.mp4", audio_seconds=0)).audio is None
+    sound = reader.probe(media("clip.mp4"), video=False)
+    assert sound.video is None
+    assert sound.audio is not None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_probe_finds_the_same_faults(tmp_path: Path, reader: MediaReader, fault: str) -> None:
+    with pytest.raises(MediaError) as caught:
+        reader.probe(write_faulty(tmp_path / "x.mp4", fault))
+    assert caught.value.kind == FAULTS[fault]

@@ -47,10 +47,12 @@ class Scan:
         times: [frames] presentation times of the video frames in seconds after `start`, sorted.
         keys: times of the key frames.
         video_end: end of the last video frame.
+        audio: start and end of the sound; None without a packet of it.
     """
 
-    def __init__(self, path: str, video: int | None) -> None:
+    def __init__(self, path: str, video: int | None, audio: int | None = None) -> None:
         times: list[tuple[float, float, bool]] = []
+        sound: list[tuple[float, float]] = []
         end = 0.0
         with av.open(path) as container:
             self.start = (container.start_time or 0) / av.time_base
@@ -65,6 +67,9 @@ class Scan:
                 end = max(end, time + length)
                 if packet.stream_index == video:
                     times.append((time, length, packet.is_keyframe))
+                elif packet.stream_index == audio:
+                    sound.append((time, time + length))
+        self.audio = (min(first for first, _ in sound), max(last for _, last in sound)) if sound else None
         times.sort()
         self.times = np.array([t for t, _, _ in times])
         self.keys = np.array([t for t, _, key in times if key])
@@ -101,6 +106,53 @@ def decode(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
     return info, arrays
 
 
+def probe(request: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds, from its packets and its first frame; see `media.MediaReader.probe`."""
+    path = request["path"]
+    info: dict[str, Any] = {"video": None, "audio": None}
+    try:
+        video, audio, _, _ = _streams(path)
+        if request["video"] and video is None:
+            raise Failure("no_stream", "video", "there is no video stream, only sound")
+        scan = Scan(path, video, audio)
+        with av.open(path) as container:
+            info["streams"] = [f"{stream.type}/{_codec(stream)}" for stream in container.streams]
+            if video is not None and request["video"]:
+                if not len(scan.times):
+                    raise Failure("truncated", "video", "there is not a single frame")
+                info["video"] = _probe_video(container, video, scan, request)
+            if audio is not None and scan.audio is not None:
+                stream = next(s for s in container.streams.audio if s.index == audio)
+                start, end = scan.audio
+                end = min(end, _declared_end(stream, scan.start) or end)
+                info["audio"] = {"seconds": end, "start": max(start, 0.0), "rate": stream.rate,
+                                 "channels": stream.channels}  # fmt: skip
+    except (av.error.FFmpegError, OSError, EOFError) as error:
+        raise Failure("corrupt", "container", f"FFmpeg says: {error}") from error
+    return info
+
+
+def _probe_video(
+    container: av.container.InputContainer, index: int, scan: Scan, request: dict[str, Any]
+) -> dict[str, Any]:
+    stream = next(s for s in container.streams.video if s.index == index)
+    try:
+        frame = next(container.decode(stream))
+    except (av.error.InvalidDataError, StopIteration) as error:
+        raise Failure("corrupt", "video", "the first frame does not decode") from error
+    turned = round(frame.rotation / 90) % 2
+    sampled, step = _sampling(scan.video_end, request["fps"], request["max_frames"])
+    return {
+        "seconds": scan.video_end, "frames": len(scan.times), "rotation": frame.rotation % 360,
+        "width": frame.height if turned else frame.width, "height": frame.width if turned else frame.height,
+        "sampled": sampled, "seconds_per_frame": step,
+    }  # fmt: skip
+
+
+def _codec(stream: Any) -> str:
+    return stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
+
+
 def _streams(path: str) -> tuple[int | None, int | None, str, bool]:
     """Indices of the first video and audio streams (a cover picture is no video), the codec, seekability."""
     with av.open(path) as container:
@@ -118,11 +170,8 @@ def _video(
     path: str, index: int, scan: Scan, request: dict[str, Any], codec: str, seekable: bool
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Frames at the wanted rate, uint8 [F, H, W, 3], and their clock."""
-    fps, max_frames, end = request["fps"], request["max_frames"], scan.video_end
-    count = max(int(end * fps + 0.5), 1)
-    step = 1.0 / fps
-    if max_frames is not None and count > max_frames:
-        count, step = max_frames, end / max_frames
+    end = scan.video_end
+    count, step = _sampling(end, request["fps"], request["max_frames"])
     wanted = np.arange(count) * step
     picks = np.searchsorted(scan.times, wanted + _CLOCK_TOLERANCE, side="right") - 1
     picks = picks.clip(0)
@@ -131,6 +180,14 @@ def _video(
     if frames is None:
         frames = _by_pyav(path, index, scan, picks, seekable)
     return frames, {"seconds_per_frame": step, "duration": end, "backend": backend}
+
+
+def _sampling(end: float, fps: float, max_frames: int | None) -> tuple[int, float]:
+    """How many frames to take of a video that ends there, and seconds between two of them."""
+    count = max(int(end * fps + 0.5), 1)
+    if max_frames is not None and count > max_frames:
+        return max_frames, end / max_frames
+    return count, 1.0 / fps
 
 
 def _by_decord(path: str, picks: np.ndarray, frames: int) -> np.ndarray | None:
@@ -250,7 +307,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5)
         arrays: list[np.ndarray] = []
         try:
-            answer, arrays = decode(request)
+            answer, arrays = (probe(request), []) if request["probe"] else decode(request)
         except Failure as failure:
             answer = {"failure": failure.args}
         except MemoryError:

@@ -15,7 +15,7 @@ from omnisieve.data.batch import BadSample, Features, Patches, Sample
 from omnisieve.data.errors import DataError
 from omnisieve.data.feature_cache import FeatureCache
 from omnisieve.data.manifest import Conversation, MediaPart
-from omnisieve.data.media import MediaError, MediaReader, read_image
+from omnisieve.data.media import MediaError, MediaInfo, MediaReader, read_image
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun, expand
 
@@ -103,6 +103,29 @@ class MediaLoader:
         if mel is None:
             raise MediaError(str(part.path), "audio", "no_stream", "there is no sound, or less than 30 ms of it")
         return LoadedMedium(AudioRun(tokens), mel=mel)
+
+    def probe(self, part: MediaPart) -> MediaInfo:
+        """What the file of a video or a sound holds, without decoding it.
+
+        Raises:
+            MediaError: the file cannot be used.
+        """
+        return self.reader.probe(
+            part.path,
+            fps=part.fps or self.fps,
+            max_frames=part.max_frames or self.max_frames,
+            video=part.kind == "video",
+        )
+
+    def size(self, info: MediaInfo) -> VideoRun | AudioRun:
+        """Tokens of a file with such content; of sound to within one or two, as the end that a file states may be."""
+        seconds = 0.0 if info.audio is None else info.audio.seconds
+        tokens = self.preprocessor.audio_tokens(min(seconds, self.audio_seconds or seconds))
+        if info.video is None:
+            return AudioRun(tokens)
+        video, rules = info.video, self.preprocessor.rules
+        grid = self.preprocessor.video_grid(video.sampled, video.height, video.width)
+        return VideoRun(grid, video.seconds_per_frame * rules.temporal_patch_size, tokens)
 
     def sample(
         self, conversation: Conversation, media: Sequence[LoadedMedium], *, generation_prompt: bool = False

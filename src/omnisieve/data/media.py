@@ -114,6 +114,43 @@ class Clip:
     audio: np.ndarray | None
 
 
+@dataclass(frozen=True)
+class VideoInfo:
+    """A video stream.
+
+    Attributes:
+        seconds, frames: of the whole stream. width, height: of upright frames. rotation: in degrees, as stored.
+        sampled: frames that would be read. seconds_per_frame: their distance.
+    """
+
+    seconds: float
+    frames: int
+    width: int
+    height: int
+    rotation: int
+    sampled: int
+    seconds_per_frame: float
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """An audio stream: where on the clip's clock it starts and ends, Hz, channels."""
+
+    seconds: float
+    start: float
+    rate: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file holds: its streams as "video/h264", the video if it was asked for, the sound if there is any."""
+
+    streams: tuple[str, ...]
+    video: VideoInfo | None
+    audio: AudioInfo | None
+
+
 class MediaReader:
     """Decodes in a child process that lives until it hangs, dies, or has served 500 files.
 
@@ -152,19 +189,30 @@ class MediaReader:
         Raises:
             MediaError: see the table above. DataError: no decoding process can be started.
         """
-        check_file(path)
-        request = {"path": str(path), "fps": float(fps), "max_frames": max_frames, "max_seconds": max_seconds,
-                   "video": video, "seconds": self.decode_seconds}  # fmt: skip
-        answer, arrays = self._ask(request)
-        if "failure" in answer:
-            kind, stream, reason = answer["failure"]
-            raise MediaError(str(path), stream, *_refine(path, kind, reason))
+        answer, arrays = self._request(
+            path, fps=float(fps), max_frames=max_frames, max_seconds=max_seconds, video=video, probe=False
+        )
         frames = VideoFrames(arrays.pop(0), **answer["video"]) if video else None
         wave = None
         if "audio" in answer:
             wave = _resample(arrays.pop(0), answer["audio"]["rate"])
             self._report_cut(path, answer["audio"]["seconds"], max_seconds)
         return Clip(frames, wave)
+
+    def probe(
+        self, path: str | Path, *, fps: float = 2.0, max_frames: int | None = None, video: bool = True
+    ) -> MediaInfo:
+        """Look at a file's packets and its first frame, and at nothing else; arguments as for `read`.
+
+        Raises:
+            MediaError: the file cannot be used. Damage inside the streams is found by `read` only.
+        """
+        answer, _ = self._request(path, fps=float(fps), max_frames=max_frames, video=video, probe=True)
+        return MediaInfo(
+            tuple(answer["streams"]),
+            None if answer["video"] is None else VideoInfo(**answer["video"]),
+            None if answer["audio"] is None else AudioInfo(**answer["audio"]),
+        )
 
     def close(self) -> None:
         """End the child, if there is one and it is ours."""
@@ -186,6 +234,14 @@ class MediaReader:
     def __del__(self) -> None:
         if getattr(self, "_child", None) is not None and not sys.is_finalizing():
             self.close()
+
+    def _request(self, path: str | Path, **options: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+        check_file(path)
+        answer, arrays = self._ask({"path": str(path), "seconds": self.decode_seconds, **options})
+        if "failure" in answer:
+            kind, stream, reason = answer["failure"]
+            raise MediaError(str(path), stream, *_refine(path, kind, reason))
+        return answer, arrays
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
         if self._child is not None and (self._owner != os.getpid() or self._served >= _RECYCLE_AFTER):

@@ -52,6 +52,7 @@ class Preprocessor:
         self.feature_extractor = processor.feature_extractor
         self.video_size = _size(self.video_processor, min_pixels, max_pixels)
         self.image_size = _size(self.image_processor, min_pixels, max_pixels)
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
 
     def video(self, video: VideoFrames) -> Patches:
         """Patches of a video; its last frame is repeated to fill the last temporal patch."""
@@ -87,6 +88,20 @@ class Preprocessor:
             padded, sampling_rate=SAMPLING_RATE, padding="longest", truncation=False, return_tensors="pt"
         )
         return output["input_features"][0, :, :frames]
+
+    def video_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Grid (t, h, w) in patches that `video` gives for so many upright frames of this size."""
+        step = self.rules.temporal_patch_size
+        if (height, width) not in self._grids:
+            # The stock processor decides; two black frames cost it little, and sizes are few.
+            black = VideoFrames(np.zeros((step, height, width, 3), np.uint8), 1.0, 1.0, "none")
+            self._grids[height, width] = self.video(black).grid[1:]
+        return -(-frames // step), *self._grids[height, width]
+
+    def audio_tokens(self, seconds: float) -> int:
+        """Tokens of so much sound."""
+        samples = round(seconds * SAMPLING_RATE)
+        return self.rules.audio_tokens(math.ceil(samples / self.feature_extractor.hop_length))
 
     def fingerprint(self) -> dict[str, Any]:
         """What of this object decides the encoder inputs; part of a feature cache's key."""
