@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from omnisieve.backbones import Adapter, Attachment, Estimator, adapter_for, attach
 from omnisieve.compressors import Compressor
+from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.data.batch import Batch, Features
 from omnisieve.data.tokens import IGNORED
 from omnisieve.layout import Modality
+from omnisieve.training.warm_start import Listener, agreement, order_loss
 
 
 class TrainingModule(nn.Module):
@@ -33,6 +35,7 @@ class TrainingModule(nn.Module):
         gate_clip: float | None = None,
         distill_weight: float = 0.0,
         gradient_checkpointing: bool = False,
+        teacher: InnerCompressor | None = None,
     ) -> None:
         """Combine the two.
 
@@ -45,6 +48,7 @@ class TrainingModule(nn.Module):
                 the loss by a few nats; without a limit such tokens drown all others of their step.
             distill_weight: weight of the KL divergence from the same LLM with all tokens; above 0 costs a forward.
             gradient_checkpointing: recompute the LLM's layers in the backward pass.
+            teacher: method inside the LLM whose order a warm start teaches.
         """
         super().__init__()
         self.backbone = backbone
@@ -54,6 +58,7 @@ class TrainingModule(nn.Module):
         self._gate_clip = gate_clip
         self._distill_weight = distill_weight
         self._checkpointing = gradient_checkpointing
+        self._listener = None if teacher is None else Listener(teacher)
         self._attachment: Attachment | None = None
         if gradient_checkpointing:
             thinker = self._adapter.thinker
@@ -79,7 +84,13 @@ class TrainingModule(nn.Module):
         return self
 
     def forward(
-        self, batch: Batch, *, scale: float = 1.0, ratio: float | None = None, seed: int = 0
+        self,
+        batch: Batch,
+        *,
+        scale: float = 1.0,
+        ratio: float | None = None,
+        seed: int = 0,
+        warm_start: bool = False,
     ) -> dict[str, Tensor]:
         """Run one micro-batch; call inside `attached`.
 
@@ -88,6 +99,7 @@ class TrainingModule(nn.Module):
             scale: factor of the loss.
             ratio: retained ratio of this forward; the compressor's own when None.
             seed: of sampled candidates.
+            warm_start: learn the teacher's order instead; what is returned then is said at `_warm_start`.
 
         Returns:
             Scalars. "loss": the objective summed over the answer tokens, times `scale`; the only one with a gradient.
@@ -98,9 +110,12 @@ class TrainingModule(nn.Module):
         attachment = self._attachment
         if attachment is None:
             raise RuntimeError("TrainingModule.forward runs inside `with module.attached():`")
-        attachment.compressor = self.compressor if ratio is None else self.compressor.at(retained_ratio=ratio)
-        attachment.generator = torch.Generator().manual_seed(seed)
+        compressor = self.compressor if ratio is None else self.compressor.at(retained_ratio=ratio)
         features = self._adapter.encode(batch, self.compressor.needs)
+        if warm_start:
+            return self._warm_start(attachment, compressor, batch, features, scale)
+        attachment.compressor = compressor
+        attachment.generator = torch.Generator().manual_seed(seed)
         # The full forward comes first: between the compressed one and its backward there must be no other.
         teacher = self._teacher(attachment, batch, features) if self._distill_weight else None
         logits = self._logits(attachment, batch, features)
@@ -122,6 +137,42 @@ class TrainingModule(nn.Module):
             "kept_video": (keep & batch.layout.mask(Modality.VIDEO)).sum(),
             "kept_audio": (keep & batch.layout.mask(Modality.AUDIO)).sum(),
         }
+
+    def _warm_start(
+        self, attachment: Attachment, compressor: Compressor, batch: Batch, features: Features, scale: float
+    ) -> dict[str, Tensor]:
+        """Teach the order of tokens; no gradient passes through the LLM.
+
+        Returns:
+            Scalars. "loss": `order_loss` summed over clips, times `scale`; the only one with a gradient. Sums for the
+            record: "order" over clips, "clips", "agreeing" and "chosen" (see `agreement`), "kept_video", "kept_audio".
+        """
+        teacher = self._attended(attachment, batch, features)
+        needs = self._adapter.needs(features, batch.layout, compressor.needs)
+        video, audio = compressor.rank(self._adapter.merge(batch.input_ids, features), batch.layout, needs)
+        # The similarity pruner has nothing to learn.
+        parts = [part for part in (video, audio) if part.scores.requires_grad]
+        loss = order_loss(parts, teacher).sum()
+        agreeing, chosen = agreement(parts, teacher)
+        return {
+            "loss": loss * scale,
+            "order": loss.detach(),
+            "clips": torch.full((), len(batch), device=loss.device),
+            "agreeing": agreeing,
+            "chosen": chosen,
+            "kept_video": video.keep().sum(),
+            "kept_audio": audio.keep().sum(),
+        }
+
+    @torch.no_grad()
+    def _attended(self, attachment: Attachment, batch: Batch, features: Features) -> Tensor:
+        """[B, S] float32, what the teacher's query rows attend to among all tokens."""
+        if self._listener is None:
+            raise RuntimeError("a warm start needs a teacher")
+        attachment.compressor = self._listener
+        self._logits(attachment, batch, features)
+        heard = attachment.compressor.heard  # by the one for the model's depth
+        return torch.zeros(batch.labels.shape, device=batch.labels.device) if heard is None else heard
 
     def _logits(self, attachment: Attachment, batch: Batch, features: Features) -> Tensor:
         """[N, V] float32, one row per answer token."""
