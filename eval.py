@@ -2,9 +2,9 @@
 
     python eval.py --config recipes/eval_testbed.yaml methods='[full,random,DIR]' ratios='[0.25]' output_dir=OUT
 
-`methods` takes names of methods, folders of exported compressors, and names of settings in the recipe. Writes
-`report.json`, `report.md`, `predictions.jsonl` and the resolved `eval.yaml` to OUT, and prints the table.
-`--help` lists every key.
+`methods` takes names of methods, folders of exported compressors, and names of settings in the recipe; Python files
+in `plugins` register methods of your own. Writes `report.json`, `report.md`, `predictions.jsonl` and the resolved
+`eval.yaml` to OUT, and prints the table. `--help` lists every key.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     tokens = benchmark[0].questions[0].tokens
     counts = [int((tokens.modality == m).sum()) for m in (Modality.VIDEO, Modality.AUDIO)]
     shares = {ratio: audio_share(ratio, *counts) for ratio in config.ratios}
-    free = [m for m in resolve_methods(config.methods, config.settings) if m.kind in ("training-free", "learned")]
+    resolved = resolve_methods(config.methods, config.settings, config.plugins)
+    free = [method for method in resolved if method.kind in ("training-free", "learned")]
     methods = [variant for method in free for variant in splits(method, shares)]
     found = {
         (cell.method, cell.retained_ratio): accuracy(cell.answers).value if cell.ok else 0.0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+from omnisieve.compressors import base
 from omnisieve.config import EvalConfig
 from omnisieve.data.manifest import ManifestError
 from omnisieve.data.synthetic import manifest_text, write_clip
@@ -128,12 +130,31 @@ def test_nothing_answered_ends_with_an_error_and_a_report(manifest: Path, tmp_pa
     assert row["status"] != "ok"
 
 
-def run_eval(manifest: Path, output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def test_the_method_of_the_guide_is_evaluated_from_outside_the_package(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CONTRIBUTING.md shows a whole method in at most 40 lines."""
+    (source,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(source.splitlines()) <= 40
+    plugin = tmp_path / "loudest.py"
+    plugin.write_text(source)
+    # What it registers is gone after this test.
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    overrides = [f"plugins=[{plugin}]", "methods=[random,loudest]", "ratios=[0.25]", "settings.loudest.order=1"]
+    assert run_eval(manifest, tmp_path / "out", monkeypatch, *overrides) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    row = next(row for row in report["rows"] if row["method"] == "loudest")
+    assert (row["status"], row["n_questions"]) == ("ok", 4)
+    assert row["measured_ratio"]["total"] == pytest.approx(0.25, abs=0.01)
+    assert report["methods"]["loudest"]["settings"] == {"order": 1}
+
+
+def run_eval(manifest: Path, output_dir: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     """Exit status of `eval.py` on the first line of a manifest."""
     monkeypatch.chdir(ROOT)
     arguments = [
-        "eval.py", "--config", "recipes/eval_testbed.yaml", f"manifest={manifest}", "methods=[no_media]", "limit=1",
-        "data.workers=0", f"output_dir={output_dir}",
+        "eval.py", "--config", "recipes/eval_testbed.yaml", f"manifest={manifest}", "limit=1", "data.workers=0",
+        f"output_dir={output_dir}", *(overrides or ["methods=[no_media]"]),
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stop:

@@ -226,7 +226,7 @@ def register(name: str) -> Callable[[C], C]:
 
     def add(cls: C) -> C:
         if name in _REGISTRY:
-            raise ValueError(f"a compressor named {name!r} is registered already: {_REGISTRY[name].__qualname__}")
+            raise CompressorError(f"a compressor named {name!r} is registered already: {_REGISTRY[name].__qualname__}")
         cls.name = name
         _REGISTRY[name] = cls
         return cls

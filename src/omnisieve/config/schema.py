@@ -202,6 +202,7 @@ class EvalConfig:
     methods: list[str] = option(
         MISSING, "names of methods, folders of exported compressors (either also as X@PRESET), or keys of settings"
     )
+    plugins: list[str] = option([], "Python files that register further methods; CONTRIBUTING.md shows one")
     ratios: list[float] = option([0.25], "retained ratios; the method full runs once")
     settings: dict[str, Any] = option(
         {}, "by entry of `methods`: its fields; `method` makes a variant of that method, `at` holds fields by ratio"

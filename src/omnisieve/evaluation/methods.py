@@ -9,6 +9,7 @@ from typing import Any
 
 from omnisieve.artifact import is_artifact, load_compressor, read_config
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type, find_preset
+from omnisieve.compressors.plugins import load_plugin
 from omnisieve.compressors.presets import Preset
 from omnisieve.compressors.ratios import RATIOS
 from omnisieve.evaluation.bounds import BOUNDS, NoMedia, build_bound
@@ -69,7 +70,9 @@ class Method:
         return build_compressor(self.name, **self.fields_at(ratio)).eval()
 
 
-def resolve_methods(entries: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> list[Method]:
+def resolve_methods(
+    entries: Sequence[str], settings: Mapping[str, Mapping[str, Any]], plugins: Sequence[str] = ()
+) -> list[Method]:
     """Read the entries of a configuration.
 
     Args:
@@ -78,10 +81,13 @@ def resolve_methods(entries: Sequence[str], settings: Mapping[str, Mapping[str, 
             method.
         settings: per entry its fields; `method` makes the entry a variant of that method under a name of its own,
             `at` holds fields per ratio.
+        plugins: Python files that register further methods.
 
     Raises:
         CompressorError: what an entry names does not exist, or must be trained first.
     """
+    for path in plugins:
+        load_plugin(path)
     methods = [_resolve(entry, dict(settings.get(entry, {}))) for entry in dict.fromkeys(entries)]
     for key, fields in settings.items():
         # A recipe may hold settings of methods that are not run, but no misspelt ones.
