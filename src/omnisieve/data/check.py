@@ -1,0 +1,149 @@
+"""What is wrong with media files, and what is unusual about them, as rows of a report.
+
+A row is a JSON object: `path`, `kind`, what identifies the look that was taken (`bytes`, `changed`, `asked`), the
+content as `media.MediaInfo` has it, `run`, its size in tokens, `notes`, and `problem`, None if the file can be used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from omnisieve.data.dataset import MediaLoader
+from omnisieve.data.manifest import MediaPart
+from omnisieve.data.media import MediaError, MediaInfo, MediaReader, read_image
+from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun
+
+Row = dict[str, Any]
+_RUNS: dict[str, type] = {"video": VideoRun, "audio": AudioRun, "image": ImageRun}
+_LATE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How files are read: frames per second and at most, seconds of sound at most, seconds for decoding a file."""
+
+    fps: float
+    max_frames: int
+    max_seconds: float
+    decode_seconds: float
+
+
+class Files(Dataset[Row]):
+    """Probes files, in worker processes."""
+
+    def __init__(
+        self, parts: Sequence[MediaPart], sampling: Sampling, loader: MediaLoader | None = None, *, decode: bool = False
+    ) -> None:
+        """
+        Args:
+            parts: the files.
+            sampling: of a recipe.
+            loader: of the same recipe; sizes in tokens are known with it.
+            decode: also read the files as training does.
+        """
+        self.parts, self.sampling, self.loader, self.decode = parts, sampling, loader, decode
+        self.reader = loader.reader if loader is not None else MediaReader(decode_seconds=sampling.decode_seconds)
+
+    def choose(self, indices: Sequence[int]) -> Files:
+        """Only some of them."""
+        return Files([self.parts[i] for i in indices], self.sampling, self.loader, decode=self.decode)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> Row:
+        part = self.parts[index]
+        row = {**self.identity(index), "problem": None, "notes": []}
+        try:
+            return row | self.look(part)
+        except MediaError as error:
+            problem = {"kind": error.kind, "stream": error.stream, "reason": error.reason, "action": error.cure}
+            return row | {"problem": problem}
+
+    def identity(self, index: int) -> Row:
+        """What a row is about; a row of an earlier run with the same is as good as a new one."""
+        part = self.parts[index]
+        stat = part.path.stat() if part.path.is_file() else None
+        tokens = None
+        if self.loader is not None:
+            processing = self.loader.preprocessor
+            tokens = [str(processing.rules), processing.video_size, processing.image_size]
+        asked = [part.fps or self.sampling.fps, part.max_frames or self.sampling.max_frames, self.sampling.max_seconds]
+        return {
+            "path": str(part.path),
+            "kind": part.kind,
+            "bytes": stat.st_size if stat else None,
+            "changed": stat.st_mtime_ns if stat else None,
+            "asked": [*asked, self.decode, tokens],
+        }
+
+    def look(self, part: MediaPart) -> Row:
+        """Content, notes and size in tokens of one file.
+
+        Raises:
+            MediaError: it cannot be used.
+        """
+        if part.kind == "image":
+            height, width = read_image(part.path).shape[:2]
+            run = None if self.loader is None else self.loader.load_part(part).run
+            return {"width": width, "height": height, "run": None if run is None else asdict(run)}
+        fps, max_frames = part.fps or self.sampling.fps, part.max_frames or self.sampling.max_frames
+        video = part.kind == "video"
+        info = self.reader.probe(part.path, fps=fps, max_frames=max_frames, video=video)
+        if not video and info.audio is None:
+            raise MediaError(str(part.path), "audio", "no_stream", "there is no sound")
+        run = None if self.loader is None else self.loader.size(info)
+        if self.decode and self.loader is not None:
+            run = self.loader.load_part(part).run
+        elif self.decode:
+            limit = self.sampling.max_seconds
+            self.reader.read(part.path, fps=fps, max_frames=max_frames, max_seconds=limit, video=video)
+        return {**asdict(info), "notes": self.notes(part, info), "run": None if run is None else asdict(run)}
+
+    def notes(self, part: MediaPart, info: MediaInfo) -> list[Row]:
+        """What is usable but may surprise."""
+        found = []
+        if info.video is not None:
+            cap = part.max_frames or self.sampling.max_frames
+            if info.video.sampled == cap and info.video.seconds_per_frame > 1.01 / (part.fps or self.sampling.fps):
+                every = f"read every {info.video.seconds_per_frame:.2g} s"
+                found.append(note("thinned", every, "raise max_frames to see more"))
+            if info.video.rotation:
+                text = f"stored turned by {info.video.rotation} degrees"
+                found.append(note("rotated", text, "none, it is turned back"))
+            if info.audio is None:
+                found.append(note("silent", "there is no sound", "none, a silent video is a valid sample"))
+        if info.audio is not None:
+            limit = self.sampling.max_seconds
+            if info.audio.seconds > limit:
+                text = f"{info.audio.seconds:.1f} s of sound are cut to {limit:g} s"
+                found.append(note("long_sound", text, "raise data.audio.max_seconds to hear more"))
+            if info.audio.start > _LATE_SECONDS:
+                text = f"the sound starts at {info.audio.start:.2f} s"
+                found.append(note("late_sound", text, "none, silence is put before it"))
+        return found
+
+
+def note(kind: str, text: str, action: str) -> Row:
+    """One remark."""
+    return {"kind": kind, "reason": text, "action": action}
+
+
+def identity_of(row: Mapping[str, Any]) -> str:
+    """A row's identity as text."""
+    return json.dumps([row[name] for name in ("path", "kind", "bytes", "changed", "asked")])
+
+
+def size_of(row: Row) -> Run | None:
+    """Size in tokens of a file, from its row; None if it is broken."""
+    if row["problem"] is not None:
+        return None
+    run = row["run"]
+    if "grid" in run:
+        run = {**run, "grid": tuple(run["grid"])}
+    return _RUNS[row["kind"]](**run)

@@ -1,0 +1,265 @@
+"""Look at every media file and every line of a manifest, and say what is wrong before a run does.
+
+    python tools/check_data.py train.jsonl
+    python tools/check_data.py train.jsonl --config recipes/quickstart.yaml --ratio 0.25 --max-tokens 16384
+    python tools/check_data.py train.jsonl --decode
+
+Files are probed: packets and the first frame are read; --decode reads them as training would, which also finds damage
+inside. With a recipe, tokens per sample are counted before and after its compressor; no frame is decoded for it.
+
+Writes files.jsonl, samples.jsonl and summary.md into MANIFEST.check, or --report. A second run looks only at files that
+are new, changed or broken. Exit status 1: something is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from omnisieve.backbones import BackboneError, adapter_for
+from omnisieve.backbones.families import family_of
+from omnisieve.backbones.media import media_loader
+from omnisieve.compressors import Compressor, CompressorError
+from omnisieve.config import ConfigError, MediaSection, TrainConfig, read_config
+from omnisieve.data.batch import Sample
+from omnisieve.data.check import Files, Row, Sampling, identity_of, note, size_of
+from omnisieve.data.dataset import LoadedMedium, MediaLoader
+from omnisieve.data.errors import DataError
+from omnisieve.data.manifest import Manifest, ManifestError, MediaPart
+from omnisieve.data.read_ahead import ReadAhead
+from omnisieve.data.tokens import IGNORED, Run
+from omnisieve.layout import Modality, TokenLayout
+from omnisieve.training.build import make_compressor
+
+FILES, SAMPLES, SUMMARY = "files.jsonl", "samples.jsonl", "summary.md"
+SHOWN = 5
+
+
+def main(argv: list[str]) -> int:
+    """Check and report; 1 when something is broken."""
+    args = parse(argv)
+    folder: Path = args.report or args.manifest.with_name(f"{args.manifest.name}.check")
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(args.manifest)
+    media, loader, compressor = MediaSection(), None, None
+    if args.config is not None:
+        config = read_config(TrainConfig, args.config, args.overrides)
+        media = config.data
+        loader, compressor = token_counter(config, args.ratio)
+    parts, lines = read_lines(manifest)
+    sampling = Sampling(media.fps, media.max_frames, media.audio.max_seconds, media.decode_seconds)
+    files = check_files(Files(parts, sampling, loader, decode=args.decode), folder / FILES, args.workers)
+    samples = list(lines)
+    if loader is not None:
+        sizes = {part: size_of(row) for part, row in zip(parts, files, strict=True)}
+        counter = Samples(manifest, loader, compressor, sizes, args.max_tokens)
+        samples = list(tqdm(ahead(counter, args.workers), total=len(counter), desc="samples", unit="sample"))
+    write_rows(folder / SAMPLES, samples)
+    text = summary(args.manifest, files, samples)
+    (folder / SUMMARY).write_text(text, encoding="utf-8")
+    print(text)
+    return int(any(row["problem"] for row in (*files, *samples)))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", type=Path, help="JSON lines in messages form")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example data.fps=1")
+    parser.add_argument("--config", help="recipe of training: counts tokens for its model and compressor")
+    parser.add_argument("--ratio", type=float, help="retained ratio; the recipe's")
+    parser.add_argument("--max-tokens", type=int, help="count samples that are longer, before compression")
+    parser.add_argument("--decode", action="store_true", help="decode every file as training would; takes far longer")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes")
+    parser.add_argument("--report", type=Path, help="folder of the report; MANIFEST.check")
+    args = parser.parse_intermixed_args(argv)
+    if args.config is None and (args.ratio or args.max_tokens or args.overrides):
+        parser.error("tokens depend on a model: --ratio, --max-tokens and overrides need --config")
+    return args
+
+
+def token_counter(config: TrainConfig, ratio: float | None) -> tuple[MediaLoader, Compressor]:
+    """What turns files into counts for a recipe's model, whose weights are not needed.
+
+    Raises:
+        BackboneError: its folder holds no supported model.
+    """
+    try:
+        family = family_of(str(PretrainedConfig.get_config_dict(config.model.path)[0].get("model_type")))
+    except OSError as error:
+        raise BackboneError(f"model.path {config.model.path}: {error}") from error
+    if family is None:
+        raise BackboneError(f"model.path {config.model.path} is no supported model")
+    with torch.device("meta"):
+        adapter = adapter_for(family.thinker(family.thinker.config_class.from_pretrained(config.model.path)))
+    compressor = make_compressor(config, adapter.hidden_size)
+    loader = media_loader(config.model.path, adapter, config.data, use_cache=False)
+    return loader, compressor if ratio is None else compressor.at(retained_ratio=ratio)
+
+
+def read_lines(manifest: Manifest) -> tuple[list[MediaPart], list[Row]]:
+    """Every medium once, in order; and a row per line, which names the mistake in it if there is one."""
+    parts: dict[MediaPart, None] = {}
+    rows = []
+    for index in tqdm(range(len(manifest)), desc="lines", unit="line"):
+        try:
+            conversation = manifest[index]
+        except ManifestError as error:
+            rows.append({"id": None, "problem": {"kind": "manifest", "reason": str(error), "action": "correct it"}})
+            continue
+        parts.update(dict.fromkeys(conversation.media))
+        rows.append({"id": conversation.id, "problem": None})
+    return list(parts), rows
+
+
+def check_files(files: Files, path: Path, workers: int) -> list[Row]:
+    """A row per file; those of an earlier run that still hold are taken from its report."""
+    known = {identity_of(row): row for row in read_rows(path) if not row["problem"]}
+    rows = [known.get(identity_of(files.identity(index))) for index in range(len(files))]
+    missing = [index for index, row in enumerate(rows) if row is None]
+    todo = files.choose(missing)
+    bar = tqdm(total=len(files), initial=len(files) - len(missing), desc="files", unit="file")
+    # Written as they come, so that a run that is cut short need not begin again.
+    with path.open("a", encoding="utf-8") as report, bar:
+        for index, row in zip(missing, ahead(todo, workers), strict=True):
+            report.write(json.dumps(row, ensure_ascii=False) + "\n")
+            report.flush()
+            rows[index] = row
+            bar.update()
+    complete = [row for row in rows if row is not None]
+    write_rows(path, complete)
+    return complete
+
+
+# Samples.
+
+
+class Samples(Dataset[Row]):
+    """Counts the tokens of samples, in worker processes."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        loader: MediaLoader,
+        compressor: Compressor | None,
+        sizes: Mapping[MediaPart, Run | None],
+        max_tokens: int | None,
+    ) -> None:
+        self.manifest, self.loader, self.compressor = manifest, loader, compressor
+        self.sizes, self.max_tokens = sizes, max_tokens
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, index: int) -> Row:
+        row: Row = {"id": None, "problem": None, "notes": []}
+        try:
+            conversation = self.manifest[index]
+            row["id"] = conversation.id
+            sizes = [self.sizes[part] for part in conversation.media]
+            broken = [str(part.path) for part, size in zip(conversation.media, sizes, strict=True) if size is None]
+            if broken:
+                row["notes"] = [note("replaced", f"{broken[0]} is broken", "training puts another sample in its place")]
+                return row
+            return row | self.count(self.loader.sample(conversation, [LoadedMedium(s) for s in sizes if s is not None]))
+        except DataError as error:
+            return row | {"problem": note("manifest", str(error), "correct it")}
+
+    def count(self, sample: Sample) -> Row:
+        """Tokens before and after compression, and what is unusual about them."""
+        counts = Counter(Modality(m).name.lower() for m in sample.tokens.modality.tolist())
+        row: Row = {"tokens": len(sample.input_ids), **{f"{name}_tokens": n for name, n in sorted(counts.items())}}
+        notes = []
+        if (sample.labels == IGNORED).all():
+            notes.append(note("unlabelled", "there is no answer", "none, if no labels are needed"))
+        if self.max_tokens is not None and len(sample.input_ids) > self.max_tokens:
+            text = f"{len(sample.input_ids)} tokens, above {self.max_tokens}"
+            notes.append(note("too_long", text, "lower fps, max_frames or max_pixels, or cut the clip"))
+        try:
+            row["tokens_after"] = self.after(sample)
+        except CompressorError as error:
+            notes.append(note("unreachable", str(error), "choose another ratio"))
+        return row | {"notes": notes}
+
+    def after(self, sample: Sample) -> int:
+        """Tokens that stay."""
+        rules = self.loader.preprocessor.rules
+        layout = TokenLayout.stack([sample.tokens], ids_per_window=rules.ids_per_chunk)
+        assert self.compressor is not None  # there is one whenever there is a loader
+        budget = self.compressor.budget(layout)
+        media = sum(int(layout.counts(m)[0]) for m in (Modality.VIDEO, Modality.AUDIO))
+        return len(sample.input_ids) - media + int(budget.total[0])
+
+
+# Reports.
+
+
+def ahead(rows: Dataset[Row], workers: int) -> Iterable[Row]:
+    """Rows in order, from worker processes."""
+    return ReadAhead(rows, batch_size=None, num_workers=workers)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of an earlier report; a line that was cut short ends it."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Put rows into a file, all or none."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+def summary(manifest: Path, files: Sequence[Row], samples: Sequence[Row]) -> str:
+    """The report in short, as Markdown."""
+    seconds = sum((row.get("video") or row.get("audio") or {}).get("seconds", 0.0) for row in files)
+    broken = [row for row in (*files, *samples) if row["problem"]]
+    lines = [
+        f"# {manifest}",
+        "",
+        f"{len(samples)} samples, {len(files)} media files, {seconds / 3600:.2f} hours; {len(broken)} broken.",
+    ]
+    lines += table("Broken", [(row, row["problem"]) for row in broken])
+    lines += table("To know", [(row, found) for row in (*files, *samples) for found in row.get("notes", ())])
+    counted = {name: [row[name] for row in samples if name in row] for name in ("tokens", "tokens_after")}
+    if counted["tokens"]:
+        lines += ["", "| tokens per sample | median | 95 % below | most |", "|---|---|---|---|"]
+        for label, values in zip(("before compression", "after"), counted.values(), strict=True):
+            if values:
+                median, high = np.percentile(values, [50, 95])
+                lines.append(f"| {label} | {median:.0f} | {high:.0f} | {max(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def table(title: str, found: Sequence[tuple[Row, Row]]) -> list[str]:
+    """Remarks by kind, with a few examples each."""
+    if not found:
+        return []
+    lines = ["", f"| {title} | count | for example | what to do |", "|---|---|---|---|"]
+    for kind, count in Counter(remark["kind"] for _, remark in found).most_common():
+        these = [(row, remark) for row, remark in found if remark["kind"] == kind]
+        examples = "; ".join(f"{row.get('path') or row['id'] or 'line'}: {r['reason']}" for row, r in these[:SHOWN])
+        actions = "; ".join(dict.fromkeys(remark["action"] for _, remark in these))
+        lines.append(f"| {kind} | {count} | {examples} | {actions} |")
+    return lines
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (BackboneError, CompressorError, ConfigError, DataError) as error:
+        sys.exit(f"check_data.py: {error}")
