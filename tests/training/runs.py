@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ class Loader:
 
     def batch(self, clips: Sequence[int]) -> Batch:
         batch = make_batch(self._backbone, [CLIPS[clip] for clip in clips])
-        return with_features(batch, Features.join([self._features[clip] for clip in clips]))
+        batch = with_features(batch, Features.join([self._features[clip] for clip in clips]))
+        return replace(batch, ids=tuple(f"clip {clip}" for clip in clips))
 
 
 def compressor_of(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ _FREE = {
     "data.decode_seconds",
     "data.feature_cache",
     *(f"train.{name}" for name in ("max_steps", "stop_at", "resume", "gradient_checkpointing")),
-    *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_total_limit")),
+    *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_total_limit", "max_bad_steps")),
     "output_dir",
 }
 

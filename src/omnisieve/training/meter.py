@@ -35,7 +35,9 @@ class Meter:
             self._host[name] = self._host.get(name, 0.0) + weight * count
 
     def read(self) -> dict[str, float]:
-        """Sums over all micro-batches and ranks since the last read; the device is waited for once."""
+        """Sums over all micro-batches and ranks since the last read, none without any; waits for the device once."""
+        if not self._host:
+            return {}
         names = [*self._device, *self._host]
         values = [*torch.stack(list(self._device.values())).tolist(), *self._host.values()]
         self._device, self._host = {}, {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -33,12 +34,16 @@ class Tracker:
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record `scalars` after `step` optimiser steps."""
-        if self._file is None or self._events is None:
-            return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        self.note(step, **scalars)
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
+
+    def note(self, step: int, **facts: Any) -> None:
+        """Record JSON values that are no scalars, as a line of the file only."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **facts}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Flush and close."""

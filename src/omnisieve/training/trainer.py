@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore, run_ident
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, gathered, learning_rates
 from omnisieve.training.errors import CheckpointError, TrainingError
+from omnisieve.training.guards import Fault, Outcome, StepGuard
 from omnisieve.training.meter import Meter, quality, ratios, tokens
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import draw_ratio, draw_seed
@@ -42,6 +44,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, module: TrainingModule, streams: Streams, ranks: Ranks) -> None:
         self.step = 0
         self.best_loss = math.inf
+        self._guard = StepGuard(module.parameters(), ranks, limit=config.train.max_bad_steps)
         self.engine: Any = build_engine(module, config.train)
         self._config = config
         self._train = config.train
@@ -79,15 +82,18 @@ class Trainer:
                 with clock.waiting():
                     window = list(itertools.islice(batches, self._train.gradient_accumulation_steps))
                 rates = learning_rates(self.engine)
-                self._optimise(window, meter)
+                outcome = self._optimise(window, meter)
                 self.step += 1
                 self._streams.sampler.advance(self._train.gradient_accumulation_steps)
                 sums = meter.read() if self._is_due(self._train.log_every) else None
             bar.update()
+            self._report_faults(outcome.faults, tracker)
             if sums is not None:
                 scalars = self._scalars(sums, clock, rates)
                 tracker.log(self.step, scalars)
-                bar.set_postfix_str(f"loss {scalars['train/loss']:.3f}, right {scalars['train/answer_accuracy']:.1f} %")
+                if sums:
+                    loss, right = scalars["train/loss"], scalars["train/answer_accuracy"]
+                    bar.set_postfix_str(f"loss {loss:.3f}, right {right:.1f} %")
                 clock.restart()
             if self._validates and self._is_due(self._train.eval_every):
                 tracker.log(self.step, self._validate())
@@ -102,8 +108,8 @@ class Trainer:
 
     # One step.
 
-    def _optimise(self, window: Sequence[Batch], meter: Meter) -> None:
-        """One optimiser step on the micro-batches of its accumulation window.
+    def _optimise(self, window: Sequence[Batch], meter: Meter) -> Outcome:
+        """One optimiser step on the micro-batches of its accumulation window; one that is left out is not measured.
 
         The loss is the sum over answer tokens by their number over all micro-batches and ranks, so it does not
         depend on how samples are spread over them. DeepSpeed averages over ranks; that is undone here.
@@ -117,29 +123,48 @@ class Trainer:
         scale = self._ranks.world_size / answer_tokens
         ratio = self._ratio()
         self.engine.train()
+        measured = []
         for micro_step, batch in enumerate(window):
+            if micro_step:
+                self.engine.step()  # between micro-batches it only counts
             self._bad_samples.note(batch.failures)
             seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
             outputs = self.engine(batch.to(self.engine.device), scale=scale, ratio=ratio, seed=seed)
             self.engine.backward(outputs["loss"], scale_wrt_gas=False)
-            self.engine.step()
-            meter.add(outputs, batch)
+            self._guard.watch(batch.ids, outputs["loss"])
+            measured.append((outputs, batch))
+        outcome = self._guard.step(self.engine, stop=False)
+        if not outcome.faults:
+            for outputs, batch in measured:
+                meter.add(outputs, batch)
+        return outcome
 
     def _ratio(self) -> float | None:
         low, high = self._train.ratio.min, self._train.ratio.max
         return None if low is None or high is None else draw_ratio(self._train.seed, self.step, low, high)
 
+    def _report_faults(self, faults: Sequence[Fault], tracker: Tracker) -> None:
+        if not faults:
+            return
+        tracker.note(self.step, left_out=[asdict(fault) for fault in faults])
+        if self._ranks.is_first:
+            reasons = "; ".join(map(str, faults))
+            tqdm.write(f"step {self.step} is left out, no parameter changes: {reasons}", file=sys.stderr)
+        self._guard.check(self.step, faults)
+
     # Every few steps.
 
     def _scalars(self, sums: dict[str, float], clock: Clock, rates: dict[str, float]) -> dict[str, float]:
-        """What is logged of the steps since the last time."""
+        """What is logged of the steps since the last time; of the loss nothing, if all of them were left out."""
+        scalars = {"bad_steps": float(self._guard.total), **{f"lr/{owner}": value for owner, value in rates.items()}}
+        if not self._guard.in_a_row:
+            scalars["grad_norm"] = float(self.engine.get_global_grad_norm())
+        if not sums:
+            return scalars
         before, after = tokens(sums)
-        norm = self.engine.get_global_grad_norm()
-        return {
+        return scalars | {
             **{f"train/{name}": value for name, value in quality(sums).items()},
             **{f"ratio/{name}": value for name, value in ratios(sums).items()},
-            **{f"lr/{owner}": value for owner, value in rates.items()},
-            "grad_norm": float(norm),
             "tokens_per_second/before_compression": before / clock.run_seconds,
             "tokens_per_second/after_compression": after / clock.run_seconds,
             "seconds/step": clock.run_seconds / clock.steps,
@@ -186,6 +211,7 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         state = self._store.load(self.engine, checkpoint)
         self.step, self.best_loss = state["step"], state["best_loss"]
+        self._guard.load_state_dict(state["bad_steps"])
         try:
             self._streams.sampler.load_state_dict(state["sampler"])
         except ValueError as error:
@@ -194,7 +220,11 @@ class Trainer:
             tqdm.write(f"resumed from {checkpoint}, step {self.step} of {self._train.max_steps}", file=sys.stderr)
 
     def _save(self) -> None:
-        state = {"best_loss": self.best_loss, "sampler": self._streams.sampler.state_dict()}
+        state = {
+            "best_loss": self.best_loss,
+            "sampler": self._streams.sampler.state_dict(),
+            "bad_steps": self._guard.state_dict(),
+        }
         self._store.save(self.engine, self.step, state)
         self._export(LAST, {})
 

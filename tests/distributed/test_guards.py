@@ -1,0 +1,197 @@
+"""A step that is not finite, on two ranks: nothing changes, the sample is named, the run goes on as it was to be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omnisieve.data.sampler import StreamSampler
+from omnisieve.training import Trainer, TrainingError
+from omnisieve.training.distributed import Ranks
+from omnisieve.training.guards import GRADIENT, LOSS, NORM
+from tests.distributed.launch import run_distributed
+from tests.training.batches import CLIPS
+from tests.training.runs import compressor_of, make_config, make_trainer
+
+STEPS, BAD, MICRO = 3, 2, 2  # the second step is bad, by its second micro-batch
+Injection = Callable[[Trainer, Callable[[], bool]], None]
+
+
+def nan_loss(trainer: Trainer, due: Callable[[], bool]) -> None:
+    """A loss that is not a number, and so are all gradients."""
+    _change_loss(trainer, lambda loss: loss * float("nan") if due() else loss)
+
+
+def infinite_loss(trainer: Trainer, due: Callable[[], bool]) -> None:
+    """An infinite loss whose gradients are finite."""
+    _change_loss(trainer, lambda loss: loss + float("inf") if due() else loss)
+
+
+def nan_gradient(trainer: Trainer, due: Callable[[], bool]) -> None:
+    """One element of one gradient."""
+    _change_gradient(trainer, lambda gradient: gradient.index_fill(0, torch.tensor([0]), float("nan")), due)
+
+
+def huge_gradient(trainer: Trainer, due: Callable[[], bool]) -> None:
+    """A finite gradient with a norm beyond float32."""
+    _change_gradient(trainer, lambda gradient: gradient.new_full(gradient.shape, 1e30), due)
+
+
+def _change_loss(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
+    def hook(_: Any, __: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return outputs | {"loss": change(outputs["loss"])}
+
+    trainer.module.register_forward_hook(hook)
+
+
+def _change_gradient(trainer: Trainer, change: Callable[[Tensor], Tensor], due: Callable[[], bool]) -> None:
+    parameter = next(trainer.module.compressor.parameters())
+    parameter.register_hook(lambda gradient: change(gradient) if due() else gradient)
+
+
+def state_of(trainer: Trainer) -> list[Tensor]:
+    """Everything that training changes: parameters, this rank's masters and its optimiser state."""
+    zero = trainer.engine.optimizer
+    accumulators = [value for state in zero.optimizer.state.values() for value in state.values()]
+    if trainer.engine.zero_optimization_stage() == 3:  # parameters are parts of the masters
+        own = [*zero.fp32_partitioned_groups_flat, *accumulators]
+    else:
+        own = [*trainer.module.compressor.parameters(), *zero.single_partition_of_fp32_groups, *accumulators]
+    return [torch.as_tensor(value).detach().clone() for value in own]
+
+
+def unchanged_steps(trainer: Trainer) -> list[int]:
+    """Filled while training: the steps, from 1, before and after which every byte is the same."""
+    found: list[int] = []
+    step = trainer.engine.step
+
+    def compare() -> None:
+        takes_step = trainer.engine.is_gradient_accumulation_boundary()
+        before = state_of(trainer)
+        step()
+        after = state_of(trainer)
+        if takes_step and len(before) == len(after) and all(map(torch.equal, before, after)):
+            found.append(trainer.step + 1)
+
+    trainer.engine.step = compare
+    return found
+
+
+def run(
+    ranks: Ranks, folder: Path, inject: Injection | None = None, *, bad: tuple[int, ...] = (BAD,), **train: Any
+) -> dict[str, Any]:
+    """Train with an injection on the last rank, and say what became of it."""
+    options = {"max_steps": STEPS, "gradient_accumulation_steps": MICRO, "save_every": BAD, **train}
+    trainer = make_trainer(make_config(folder, **options), ranks)
+
+    def due() -> bool:
+        last = trainer.engine.is_gradient_accumulation_boundary()
+        return ranks.rank == ranks.world_size - 1 and trainer.step + 1 in bad and last
+
+    if inject is not None:
+        inject(trainer, due)
+    unchanged = unchanged_steps(trainer)
+    error = None
+    try:
+        trainer.fit()
+    except TrainingError as raised:
+        error = str(raised)
+    return {"unchanged": unchanged, "error": error, "parameters": compressor_of(trainer), "folder": folder}
+
+
+INJECTIONS = {
+    "nan loss": (nan_loss, LOSS),
+    "infinite loss": (infinite_loss, LOSS),
+    "nan gradient": (nan_gradient, GRADIENT),
+    "huge gradient": (huge_gradient, NORM),
+}
+CASES = [*((name, 2) for name in INJECTIONS), ("nan loss", 1), ("nan gradient", 1), ("nan gradient", 3)]
+
+
+def job(ranks: Ranks, folder: Path) -> dict[Any, Any]:
+    """All runs: starting processes costs more than the runs."""
+    found: dict[Any, Any] = {"clean": run(ranks, folder / "clean")}
+    for name, stage in CASES:
+        inject, _ = INJECTIONS[name]
+        found[name, stage] = run(ranks, folder / f"{name} {stage}", inject, zero_stage=stage)
+    found["first"] = run(ranks, folder / "first", infinite_loss, bad=(1,), save_every=1, save_total_limit=3)
+    for whole, step in (("nan gradient 2", BAD), ("first", 1)):
+        path = folder / whole / "checkpoints" / f"checkpoint-{step}"
+        found[f"{whole} resumed"] = run(ranks, folder / f"{whole} resumed", resume=str(path), save_every=0)
+    found["hopeless"] = run(ranks, folder / "hopeless", nan_loss, bad=(2, 3), max_bad_steps=2, save_every=1)
+    found["mended"] = run(ranks, folder / "mended", nan_loss, bad=(1, 3), max_bad_steps=2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    return run_distributed(job, tmp_path_factory.mktemp("guards"))
+
+
+def read_log(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (result["folder"] / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_byte_changes_in_a_bad_step(results, case: tuple[str, int]):
+    for rank in results:
+        assert rank["clean"]["unchanged"] == []
+        assert rank[case]["unchanged"] == [BAD]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_samples_are_named(results, case: tuple[str, int]):
+    result = results[0][case]
+    (record,) = (record for record in read_log(result) if "left_out" in record)
+    assert record["step"] == BAD
+    # Positions 4 to 7 of the stream: rank 0 takes the first of each micro-batch. Of a norm nobody knows whose it was.
+    samples = [f"clip {clip}" for clip in clips_of(result["folder"])[4:8]]
+    what = INJECTIONS[case[0]][1]
+    expected = [(what, 0, [samples[0]]), (what, 0, [samples[2]]), (what, 1, [samples[1]]), (what, 1, [samples[3]])]
+    found = [(fault["what"], fault["rank"], fault["samples"]) for fault in record["left_out"]]
+    assert found == (expected if what == NORM else expected[-1:])
+
+
+def clips_of(folder: Path) -> list[int]:
+    """The first epoch's order."""
+    sampler = StreamSampler(len(CLIPS), 1, seed=make_config(folder).train.seed)
+    return [sampler.sample(position) for position in range(len(CLIPS))]
+
+
+def test_the_schedule_goes_on(results):
+    def rates(result: dict[str, Any]) -> list[float]:
+        return [record["lr/compressor"] for record in read_log(result) if "lr/compressor" in record]
+
+    for case in CASES:
+        assert rates(results[0][case]) == rates(results[0]["clean"])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(results):
+    for rank in results:
+        for whole, resumed in ((("nan gradient", 2), "nan gradient 2 resumed"), ("first", "first resumed")):
+            expected, found = rank[whole]["parameters"], rank[resumed]["parameters"]
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert read_log(results[0]["nan gradient 2 resumed"])[-1]["bad_steps"] == 1
+
+
+def test_steps_in_a_row_end_the_run(results):
+    for rank in results:
+        error = rank["hopeless"]["error"]
+        assert "2 steps in a row" in error
+        assert "loss not finite on rank 1, samples clip" in error
+        assert rank["hopeless"]["unchanged"] == [2, 3]
+        assert rank["mended"]["error"] is None
+    latest = results[0]["hopeless"]["folder"] / "checkpoints" / "latest"
+    assert latest.read_text() == "checkpoint-2\n"
+
+
+def test_a_bad_step_is_not_measured(results):
+    for record in read_log(results[0]["mended"]):
+        assert all(math.isfinite(value) for value in record.values() if isinstance(value, float)), record
