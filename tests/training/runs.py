@@ -15,6 +15,7 @@ from omnisieve.compressors import build_compressor
 from omnisieve.config import DataSection, ModelSection, TrainConfig, TrainSection
 from omnisieve.data.batch import Batch, Features
 from omnisieve.data.sampler import StreamSampler
+from omnisieve.training.build import make_teacher
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.streams import Streams
@@ -61,6 +62,7 @@ def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         estimator=Estimator(config.train.estimator.route, config.train.estimator.candidates),
         gate_clip=config.train.estimator.gate_clip,
         distill_weight=config.train.distill_weight,
+        teacher=make_teacher(config),
     )
     size = config.train.micro_batch_size
     sampler = StreamSampler(len(CLIPS), size, seed=config.train.seed, rank=ranks.rank, world_size=ranks.world_size)

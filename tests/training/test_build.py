@@ -9,9 +9,9 @@ import torch
 
 from omnisieve.artifact import save_compressor
 from omnisieve.compressors import CompressorError, build_compressor
-from omnisieve.config import ConfigError, RatioSection
+from omnisieve.config import ConfigError, RatioSection, WarmStartSection
 from omnisieve.data.manifest import ManifestError
-from omnisieve.training.build import build_trainer, check_sharding, make_compressor
+from omnisieve.training.build import build_trainer, check_sharding, make_compressor, make_teacher
 from tests.models import HIDDEN
 from tests.training.runs import OMNISIFT, Alone, make_config
 
@@ -104,6 +104,38 @@ def test_an_export_is_gone_on_from_with_its_base(tmp_path: Path):
 def test_what_cannot_be_started_from_is_named(tmp_path: Path, section: dict, start: str, told: str):
     with pytest.raises((ConfigError, CompressorError), match=told):
         make(tmp_path, {**OMNISIFT, **section}, init_from=start)
+
+
+def test_a_method_inside_the_llm_becomes_the_teacher(tmp_path: Path):
+    warm = WarmStartSection(steps=3, settings={"next_layer": True})
+    config = make_config(tmp_path, init_from="seats", warm_start=warm)
+    teacher = make_teacher(config)
+    assert teacher.name == "seats"
+    assert teacher.settings.next_layer
+    assert make_compressor(config, HIDDEN).settings.base is None
+    config.compressor["base"] = "stvp"
+    assert make_compressor(config, HIDDEN).settings.base == "stvp"
+    assert make_teacher(make_config(tmp_path, init_from="stvp")) is None
+
+
+@pytest.mark.parametrize(
+    ("start", "warm", "told"),
+    [
+        ("seats", {}, r"inside the LLM.* set train\.warm_start\.steps"),
+        ("stvp", {"steps": 3}, r"name it in train\.init_from"),
+        (None, {"steps": 3}, r"name it in train\.init_from"),
+        ("seats", {"steps": 3, "settings": {"next_leyer": True}}, "next_layer"),
+    ],
+)
+def test_what_cannot_be_taught_is_named(tmp_path: Path, start: str | None, warm: dict, told: str):
+    config = make_config(tmp_path, init_from=start, warm_start=WarmStartSection(**warm))
+    with pytest.raises((ConfigError, CompressorError), match=told):
+        make_compressor(config, HIDDEN)
+
+
+def test_a_warm_start_is_part_of_the_run(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"warm_start\.steps 5 is above train\.max_steps 4"):
+        make_config(tmp_path, warm_start=WarmStartSection(steps=5))
 
 
 def test_a_drawn_ratio_and_a_fixed_split_exclude_each_other(tmp_path: Path):

@@ -16,6 +16,7 @@ from omnisieve.config.schema import (
     RatioSection,
     TrainConfig,
     TrainSection,
+    WarmStartSection,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RatioSection",
     "TrainConfig",
     "TrainSection",
+    "WarmStartSection",
     "check_fields",
     "describe",
     "load_config",

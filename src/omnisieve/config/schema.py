@@ -117,6 +117,21 @@ class RatioSection:
 
 
 @dataclass
+class WarmStartSection:
+    """Before anything else, learn the order in which a method inside the LLM, named in init_from, ranks tokens."""
+
+    steps: int = option(
+        0,
+        "the first of max_steps, each a forward without gradients that sees all tokens up to the layer where the method "
+        "scores first (omnidrop: layer 0); they need no answers",
+    )
+    settings: dict[str, Any] = option({}, "fields of that method; what it keeps, and so its ratio, does not matter")
+
+    def __post_init__(self) -> None:
+        _not_negative("train.warm_start", self, "steps")
+
+
+@dataclass
 class TrainSection:
     """The optimisation. One step sees micro_batch_size * gradient_accumulation_steps * ranks clips."""
 
@@ -155,9 +170,11 @@ class TrainSection:
     init_from: str | None = option(
         None,
         "training-free method to start as, such as stvp: untrained, the compressor keeps what that keeps, and its "
-        "selection is computed in every step (fields in compressor.base_settings); or the folder of an exported "
-        "compressor, to go on from its weights with a fresh optimiser",
+        "selection is computed in every step (fields in compressor.base_settings); or one inside the LLM, such as "
+        "seats, whose order warm_start teaches; or the folder of an exported compressor, to go on from its weights "
+        "with a fresh optimiser",
     )
+    warm_start: WarmStartSection = section(WarmStartSection)
 
     def __post_init__(self) -> None:
         _positive("train", self, "micro_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm")
@@ -166,6 +183,11 @@ class TrainSection:
         _in_unit_interval("train", self, "warmup_ratio", "min_lr_ratio")
         if self.stop_at is not None:
             _positive("train", self, "stop_at")
+        if self.max_steps != MISSING and self.warm_start.steps > self.max_steps:
+            raise ConfigError(
+                f"train.warm_start.steps {self.warm_start.steps} is above train.max_steps {self.max_steps}, of which "
+                "they are a part"
+            )
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"train.zero_stage is {self.zero_stage}; choose 1, 2 or 3")
 

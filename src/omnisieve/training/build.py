@@ -21,6 +21,7 @@ from omnisieve.compressors import (
     find_preset,
     list_compressors,
 )
+from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.config import ConfigError, TrainConfig, check_fields
 from omnisieve.data.errors import DataError
 from omnisieve.training.distributed import Ranks
@@ -57,6 +58,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         gate_clip=config.train.estimator.gate_clip,
         distill_weight=config.train.distill_weight,
         gradient_checkpointing=config.train.gradient_checkpointing,
+        teacher=make_teacher(config),
     )
     return Trainer(config, module, open_streams(config.data, config.train, media, ranks), ranks)
 
@@ -101,7 +103,8 @@ def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
         )
     start = config.train.init_from
     if start is None or is_method(start):
-        return build_compressor(method.name, hidden_size=hidden_size, **with_base(settings, start))
+        base = None if make_teacher(config) is not None else start
+        return build_compressor(method.name, hidden_size=hidden_size, **with_base(settings, base))
     compressor = load_compressor(start, **settings)
     if compressor.name != method.name:
         raise ConfigError(f"train.init_from: {start} holds {compressor.name}, compressor.method is {method.name}")
@@ -123,6 +126,32 @@ def is_method(start: str) -> bool:
     except CompressorError as error:
         raise CompressorError(f"train.init_from: {error}; and there is no such folder") from error
     return True
+
+
+def make_teacher(config: TrainConfig) -> InnerCompressor | None:
+    """The method inside the LLM whose order a warm start teaches.
+
+    Raises:
+        ConfigError: `train.init_from` names one without steps to teach it, or there are steps, but no such method.
+        CompressorError: a value cannot be.
+    """
+    start, warm = config.train.init_from, config.train.warm_start
+    if start is None or not is_method(start) or not issubclass(compressor_type(start), InnerCompressor):
+        if warm.steps:
+            raise ConfigError(
+                "train.warm_start.steps teach the order of a method inside the LLM: name it in train.init_from, for "
+                "example seats (a method before the LLM needs no steps), or set them to 0"
+            )
+        return None
+    if not warm.steps:
+        raise ConfigError(
+            f"train.init_from: {start} decides inside the LLM, where a compressor cannot follow; its order can be "
+            "taught: set train.warm_start.steps, to 100 for example"
+        )
+    # Where it scores does not depend on the ratio.
+    teacher = build_compressor(start, **{"retained_ratio": 0.5, **warm.settings})
+    assert isinstance(teacher, InnerCompressor)  # its class is one
+    return teacher
 
 
 def with_base(settings: Mapping[str, Any], base: str | None) -> dict[str, Any]:

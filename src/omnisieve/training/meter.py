@@ -45,7 +45,15 @@ class Meter:
 
 
 def quality(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over answers: loss terms per token, accuracies in percent."""
+    """Means over answers: loss terms per token, accuracies in percent.
+
+    Of a warm start: the mean loss of a clip, and how much of what is kept the teacher would keep, in percent.
+    """
+    if "order" in sums:
+        return {
+            "order_loss": sums["order"] / max(sums["clips"], 1.0),
+            "agreement": 100 * sums["agreeing"] / max(sums["chosen"], 1.0),
+        }
     tokens, answers = max(sums["answer_tokens"], 1.0), max(sums["answers"], 1.0)
     return {
         "loss": sums["objective"] / tokens,
@@ -54,6 +62,14 @@ def quality(sums: Mapping[str, float]) -> dict[str, float]:
         "token_accuracy": 100 * sums["correct_tokens"] / tokens,
         "answer_accuracy": 100 * sums["correct_answers"] / answers,
     }
+
+
+def progress(sums: Mapping[str, float]) -> str:
+    """What a progress bar says."""
+    means = quality(sums)
+    if "agreement" in means:
+        return f"warm start: loss {means['order_loss']:.3f}, agrees {means['agreement']:.1f} %"
+    return f"loss {means['loss']:.3f}, right {means['answer_accuracy']:.1f} %"
 
 
 def ratios(sums: Mapping[str, float]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, gathered, learning_rates
 from omnisieve.training.errors import CheckpointError, TrainingError
 from omnisieve.training.guards import Fault, Outcome, StepGuard
-from omnisieve.training.meter import Meter, quality, ratios, tokens
+from omnisieve.training.meter import Meter, progress, quality, ratios, tokens
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import draw_ratio, draw_seed
 from omnisieve.training.streams import Streams, closable
@@ -85,15 +85,16 @@ class Trainer:
                 outcome = self._optimise(window, meter)
                 self.step += 1
                 self._streams.sampler.advance(self._train.gradient_accumulation_steps)
-                sums = meter.read() if self._is_due(self._train.log_every) else None
+                # A record is about a warm start or about answers, never both.
+                due = self._is_due(self._train.log_every) or self.step == self._train.warm_start.steps
+                sums = meter.read() if due else None
             bar.update()
             self._report_faults(outcome.faults, tracker)
             if sums is not None:
                 scalars = self._scalars(sums, clock, rates)
                 tracker.log(self.step, scalars)
                 if sums:
-                    loss, right = scalars["train/loss"], scalars["train/answer_accuracy"]
-                    bar.set_postfix_str(f"loss {loss:.3f}, right {right:.1f} %")
+                    bar.set_postfix_str(progress(sums))
                 clock.restart()
             if self._validates and self._is_due(self._train.eval_every):
                 tracker.log(self.step, self._validate())
@@ -111,16 +112,18 @@ class Trainer:
     def _optimise(self, window: Sequence[Batch], meter: Meter) -> Outcome:
         """One optimiser step on the micro-batches of its accumulation window; one that is left out is not measured.
 
-        The loss is the sum over answer tokens by their number over all micro-batches and ranks, so it does not
-        depend on how samples are spread over them. DeepSpeed averages over ranks; that is undone here.
+        The loss is the sum over answer tokens (in a warm start: over clips) by their number over all micro-batches and
+        ranks, so it does not depend on how samples are spread over them. DeepSpeed averages over ranks; that is undone
+        here.
         """
-        (answer_tokens,) = self._ranks.sum([sum(sum(batch.answer_tokens) for batch in window)])
-        if not answer_tokens:
+        warm = self.step < self._train.warm_start.steps
+        (count,) = self._ranks.sum([sum(len(batch) if warm else sum(batch.answer_tokens) for batch in window)])
+        if not count:
             raise TrainingError(
                 f"step {self.step + 1} has no answer to learn from: no conversation of its batch, from "
                 f"{self._config.data.train}, has an assistant turn"
             )
-        scale = self._ranks.world_size / answer_tokens
+        scale = self._ranks.world_size / count
         ratio = self._ratio()
         self.engine.train()
         measured = []
@@ -129,7 +132,7 @@ class Trainer:
                 self.engine.step()  # between micro-batches it only counts
             self._bad_samples.note(batch.failures)
             seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
-            outputs = self.engine(batch.to(self.engine.device), scale=scale, ratio=ratio, seed=seed)
+            outputs = self.engine(batch.to(self.engine.device), scale=scale, ratio=ratio, seed=seed, warm_start=warm)
             self.engine.backward(outputs["loss"], scale_wrt_gas=False)
             self._guard.watch(batch.ids, outputs["loss"])
             measured.append((outputs, batch))
