@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import resource
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,24 +16,24 @@ import pytest
 import torch
 
 from omnisieve.config import TrainConfig, read_config
-from omnisieve.training.checkpoint import CheckpointStore, run_identity
-from omnisieve.training.errors import CheckpointError
+from omnisieve.training.checkpoint import CheckpointStore, run_identity, verify
+from omnisieve.training.errors import CheckpointError, OutputError
 from tests.training.runs import Alone
 
 
 @dataclass
 class Engine:
-    """Stands for DeepSpeed's: writes one file, notes what it loads, dies when told to."""
+    """Stands for DeepSpeed's: writes one file, notes what it loads, dies as it is told to."""
 
-    fails: bool = False
+    failure: BaseException | None = None
     loaded: list[Path] = field(default_factory=list)
 
     def save_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
         path = Path(folder) / tag
         path.mkdir()
         (path / "states.pt").write_text("weights")
-        if self.fails:
-            raise KeyboardInterrupt
+        if self.failure is not None:
+            raise self.failure
 
     def load_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
         self.loaded.append(Path(folder) / tag)
@@ -69,10 +73,51 @@ def test_a_save_that_dies_leaves_the_last_checkpoint(tmp_path: Path):
     store = make_store(tmp_path)
     first = store.save(Engine(), 1, {})
     with pytest.raises(KeyboardInterrupt):
-        store.save(Engine(fails=True), 2, {})
+        store.save(Engine(KeyboardInterrupt()), 2, {})
     assert store.find("auto") == first
     assert steps(tmp_path) == ["checkpoint-1"]
     assert store.save(Engine(), 2, {}) == store.find("auto")
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system"),
+    ],
+)
+def test_a_disk_that_refuses_is_named_and_the_last_checkpoint_stays(tmp_path: Path, failure: OSError, reason: str):
+    store = make_store(tmp_path, limit=1)
+    first = store.save(Engine(), 1, {})
+    told = rf"cannot write the checkpoint of step 2 to .*checkpoint-2: {reason} \(\d+ MiB are free"
+    with pytest.raises(OutputError, match=told):
+        store.save(Engine(failure), 2, {})
+    assert store.find("auto") == first
+    verify(first)
+    # What was left of the attempt goes with the next one.
+    assert store.save(Engine(), 3, {}) == store.find("auto")
+    assert {path.name for path in store.folder.iterdir()} == {"checkpoint-3", "latest"}
+
+
+def test_a_file_that_torch_cannot_write_whole_is_refused_alike(tmp_path: Path):
+    store = make_store(tmp_path)
+    first = store.save(Engine(), 1, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # stands for a full disk
+    try:
+        with pytest.raises(OutputError, match="cannot write the checkpoint of step 2"):
+            store.save(Engine(), 2, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert store.find("auto") == first
+    verify(first)
+
+
+def test_other_errors_are_not_taken_for_the_disks(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        make_store(tmp_path).save(Engine(RuntimeError("shapes differ")), 1, {})
 
 
 def test_a_step_is_saved_again_after_going_back(tmp_path: Path):
@@ -126,7 +171,8 @@ def test_what_changes_no_gradient_may_change(tmp_path: Path):
     changes = (
         "train.max_steps=20", "train.stop_at=15", "train.log_every=1", "train.eval_every=7", "train.save_every=3",
         "train.save_total_limit=9", "train.resume=never", "train.gradient_checkpointing=true", "data.workers=9",
-        "data.feature_cache=cache", "output_dir=moved", "model.attn_implementation=eager",
+        "data.feature_cache=cache", "output_dir=moved", "model.attn_implementation=eager", "train.max_bad_steps=9",
+        "train.watchdog_seconds=60",
     )  # fmt: skip
     assert store_of(tmp_path, *changes).load(Engine(), path)["step"] == 1
 

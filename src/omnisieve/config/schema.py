@@ -158,6 +158,11 @@ class TrainSection:
     max_bad_steps: int = option(
         5, "so many steps in a row with a loss or gradient that is not finite end the run; a single one is left out"
     )
+    watchdog_seconds: float = option(
+        1800.0,
+        "a run in which no step, no batch of a validation and no checkpoint gets done for so long ends, with the "
+        "stacks of every rank in output_dir; 0: never",
+    )
     log_every: int = option(10, "steps")
     eval_every: int = option(100, "steps between validations, the best of which is kept; 0: never")
     save_every: int = option(100, "steps between checkpoints; they hold trainables and optimiser only; 0: only the end")
@@ -179,7 +184,7 @@ class TrainSection:
     def __post_init__(self) -> None:
         _positive("train", self, "micro_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm")
         _positive("train", self, "max_steps", "max_bad_steps", "log_every", "save_total_limit")
-        _not_negative("train", self, "weight_decay", "distill_weight", "eval_every", "save_every")
+        _not_negative("train", self, "weight_decay", "distill_weight", "eval_every", "save_every", "watchdog_seconds")
         _in_unit_interval("train", self, "warmup_ratio", "min_lr_ratio")
         if self.stop_at is not None:
             _positive("train", self, "stop_at")

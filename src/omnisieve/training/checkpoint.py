@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from omnisieve.config import TrainConfig
 from omnisieve.files import flush, sha256
 from omnisieve.training.distributed import Ranks
-from omnisieve.training.errors import CheckpointError
+from omnisieve.training.errors import CheckpointError, writing
 
 FOLDER = "checkpoints"
 ENGINE_FOLDER = "engine"
@@ -38,7 +38,8 @@ _FREE = {
     "data.decode_seconds",
     "data.feature_cache",
     *(f"train.{name}" for name in ("max_steps", "stop_at", "resume", "gradient_checkpointing")),
-    *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_total_limit", "max_bad_steps")),
+    *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_total_limit")),
+    *(f"train.{name}" for name in ("max_bad_steps", "watchdog_seconds")),
     "output_dir",
 }
 
@@ -84,11 +85,19 @@ class CheckpointStore:
 
         Returns:
             the folder.
+
+        Raises:
+            OutputError: it could not be written; the checkpoints that were there still are.
         """
         target = self.folder / f"checkpoint-{step}"
+        with writing(f"the checkpoint of step {step}", target):
+            return self._save(engine, step, state, target)
+
+    def _save(self, engine: Any, step: int, state: Mapping[str, Any], target: Path) -> Path:
         staging = self.folder / f".{target.name}"
         if self._ranks.is_first:
-            shutil.rmtree(staging, ignore_errors=True)
+            for remains in self.folder.glob(".checkpoint-*"):  # of a save that died; they may fill the disk
+                shutil.rmtree(remains)
             staging.mkdir(parents=True)
         self._ranks.barrier()
         engine.save_checkpoint(str(staging), ENGINE_FOLDER, save_latest=False, exclude_frozen_parameters=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from omnisieve.training.errors import writing
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
 
@@ -42,8 +44,9 @@ class Tracker:
     def note(self, step: int, **facts: Any) -> None:
         """Record JSON values that are no scalars, as a line of the file only."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **facts}) + "\n")
-            self._file.flush()
+            with writing("the log", Path(self._file.name)):
+                self._file.write(json.dumps({"step": step, **facts}) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         """Flush and close."""
