@@ -1,9 +1,12 @@
-"""A step that is not finite, on two ranks: nothing changes, the sample is named, the run goes on as it was to be."""
+"""Two ranks and bad days: a step that is not finite, and a signal to one of them. The run goes on as it was to be."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +106,30 @@ def run(
         trainer.fit()
     except TrainingError as raised:
         error = str(raised)
-    return {"unchanged": unchanged, "error": error, "parameters": compressor_of(trainer), "folder": folder}
+    done = {"unchanged": unchanged, "error": error, "step": trainer.step, "folder": folder}
+    return {**done, "parameters": compressor_of(trainer)}
+
+
+def asked_in_a_step(trainer: Trainer, due: Callable[[], bool]) -> None:
+    """SIGTERM to this process while it trains."""
+    trainer.module.register_forward_pre_hook(lambda *_: terminate() if due() else None)
+
+
+def asked_in_a_validation(trainer: Trainer, due: Callable[[], bool]) -> None:
+    """SIGTERM to the second rank while it validates after the step."""
+
+    def hook(module: torch.nn.Module, _: Any) -> None:
+        if not module.training and trainer.step == BAD and torch.distributed.get_rank() == 1 and not asked:
+            asked.append(True)
+            terminate()
+
+    asked: list[bool] = []
+    trainer.module.register_forward_pre_hook(hook)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)  # to be heard before the step is done
 
 
 INJECTIONS = {
@@ -112,6 +138,7 @@ INJECTIONS = {
     "nan gradient": (nan_gradient, GRADIENT),
     "huge gradient": (huge_gradient, NORM),
 }
+REQUESTS = (asked_in_a_step, asked_in_a_validation)
 CASES = [*((name, 2) for name in INJECTIONS), ("nan loss", 1), ("nan gradient", 1), ("nan gradient", 3)]
 
 
@@ -126,6 +153,13 @@ def job(ranks: Ranks, folder: Path) -> dict[Any, Any]:
         path = folder / whole / "checkpoints" / f"checkpoint-{step}"
         found[f"{whole} resumed"] = run(ranks, folder / f"{whole} resumed", resume=str(path), save_every=0)
     found["hopeless"] = run(ranks, folder / "hopeless", nan_loss, bad=(2, 3), max_bad_steps=2, save_every=1)
+    validated = {"eval_every": BAD, "save_every": 0}
+    found["whole"] = run(ranks, folder / "whole", **validated)
+    for inject in REQUESTS:
+        name = inject.__name__
+        found[name] = run(ranks, folder / name, inject, **validated)
+        found[name]["latest"] = (folder / name / "checkpoints" / "latest").read_text()
+        found[f"{name}, resumed"] = run(ranks, folder / name, **validated)
     found["mended"] = run(ranks, folder / "mended", nan_loss, bad=(1, 3), max_bad_steps=2)
     return found
 
@@ -190,6 +224,26 @@ def test_steps_in_a_row_end_the_run(results):
         assert rank["mended"]["error"] is None
     latest = results[0]["hopeless"]["folder"] / "checkpoints" / "latest"
     assert latest.read_text() == "checkpoint-2\n"
+
+
+@pytest.mark.parametrize("name", [request.__name__ for request in REQUESTS])
+def test_a_signal_to_one_rank_ends_all_after_their_step_and_nothing_is_lost(results, name: str):
+    for rank in results:
+        assert rank[name]["step"] == BAD
+        assert rank[name]["latest"] == f"checkpoint-{BAD}\n"
+        torch.testing.assert_close(rank[f"{name}, resumed"]["parameters"], rank["whole"]["parameters"], rtol=0, atol=0)
+    assert without_times(results[0][f"{name}, resumed"]) == without_times(results[0]["whole"])
+    best = [best_loss(results[0][run]) for run in (f"{name}, resumed", "whole")]
+    assert best[0] == best[1]
+
+
+def without_times(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if "second" not in name} for record in read_log(result)]
+
+
+def best_loss(result: dict[str, Any]) -> float:
+    path = result["folder"] / "checkpoints" / f"checkpoint-{STEPS}" / "state.json"
+    return json.loads(path.read_text())["best_loss"]
 
 
 def test_a_bad_step_is_not_measured(results):

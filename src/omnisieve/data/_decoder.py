@@ -326,6 +326,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 if __name__ == "__main__":
     av.logging.set_level(None)
+    # A launcher signals whole process trees; this process ends with the one that asks it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     # Libraries that print must not write into the answers.
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -14,6 +14,7 @@ from omnisieve.data.manifest import Manifest
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.data.sampler import StreamSampler
 from omnisieve.training.distributed import Ranks
+from omnisieve.training.interruption import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -98,4 +99,5 @@ def _loader(dataset: OmniDataset, batches: Iterable[list[int]], data: DataSectio
             ids_per_window=preprocessor.rules.ids_per_chunk,
         ),
         pin_memory=ranks.device.type != "cpu",
+        worker_init_fn=ignore_signals,
     )

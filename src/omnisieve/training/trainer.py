@@ -23,13 +23,15 @@ from omnisieve.training.bad_samples import BadSamples
 from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore, run_identity
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, gathered, learning_rates
-from omnisieve.training.errors import CheckpointError, TrainingError
+from omnisieve.training.errors import CheckpointError, TrainingError, writing
 from omnisieve.training.guards import Fault, Outcome, StepGuard
+from omnisieve.training.interruption import Interruption
 from omnisieve.training.meter import Meter, progress, quality, ratios, tokens
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import draw_ratio, draw_seed
 from omnisieve.training.streams import Streams, closable
 from omnisieve.training.tracking import Tracker
+from omnisieve.training.watchdog import Watchdog
 
 CONFIG_FILE = "config.yaml"
 
@@ -44,6 +46,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, module: TrainingModule, streams: Streams, ranks: Ranks) -> None:
         self.step = 0
         self.best_loss = math.inf
+        self._interruption = Interruption()
+        self._watchdog = Watchdog(Path(config.output_dir), ranks.rank, config.train.watchdog_seconds)
+        self._stopping = False
+        self._validation_is_due = False
         self._guard = StepGuard(module.parameters(), ranks, limit=config.train.max_bad_steps)
         self.engine: Any = build_engine(module, config.train)
         self._config = config
@@ -65,19 +71,30 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step, from the checkpoint that `train.resume` means, if there is one.
 
+        A rank that gets SIGTERM or SIGINT ends all of them after their step, with a checkpoint.
+
         Raises:
             CheckpointError: there is one, but it does not fit this run or its data.
+            OutputError: the run's folder cannot be written.
+            TrainingError: too many steps in a row were not finite, or there is nothing to learn from.
         """
-        self._open()
-        first = self._ranks.is_first
-        bar = tqdm(total=self._train.max_steps, initial=self.step, disable=not first, unit="step")
-        tracker = Tracker(self._directory, first_step=self.step, enabled=first)
-        with bar, closing(tracker), closing(closable(self._streams.train)) as batches, self.module.attached():
-            self._loop(batches, tracker, bar)
+        with self._interruption:
+            self._open()
+            first = self._ranks.is_first
+            bar = tqdm(total=self._train.max_steps, initial=self.step, disable=not first, unit="step")
+            tracker = Tracker(self._directory, first_step=self.step, enabled=first)
+            batches = closable(self._streams.train)
+            with bar, closing(tracker), closing(batches), self.module.attached(), self._watchdog:
+                self._loop(batches, tracker, bar)
+            if self._stopping and first:
+                tqdm.write(f"ended on request after step {self.step}, go on with train.resume=auto", file=sys.stderr)
+            self._interruption.honoured = self._stopping
 
     def _loop(self, batches: Iterator[Batch], tracker: Tracker, bar: tqdm) -> None:
         meter, clock = Meter(self._ranks), Clock()
-        while self.step < self._last_step:
+        if self._validation_is_due:
+            self._end_step(tracker)
+        while self.step < self._last_step and not self._stopping:
             with clock.running():
                 with clock.waiting():
                     window = list(itertools.islice(batches, self._train.gradient_accumulation_steps))
@@ -88,6 +105,8 @@ class Trainer:
                 # A record is about a warm start or about answers, never both.
                 due = self._is_due(self._train.log_every) or self.step == self._train.warm_start.steps
                 sums = meter.read() if due else None
+            self._watchdog.beat()
+            self._stopping = outcome.stop
             bar.update()
             self._report_faults(outcome.faults, tracker)
             if sums is not None:
@@ -96,12 +115,22 @@ class Trainer:
                 if sums:
                     bar.set_postfix_str(progress(sums))
                 clock.restart()
-            if self._validates and self._is_due(self._train.eval_every):
-                tracker.log(self.step, self._validate())
-            if self._is_due(self._train.log_every) or self._is_due(self._train.save_every):
-                self._bad_samples.share()
-            if self._is_due(self._train.save_every):
-                self._save()
+            self._validation_is_due = self._validates and self._is_due(self._train.eval_every)
+            self._end_step(tracker)
+
+    def _end_step(self, tracker: Tracker) -> None:
+        """Validate and save where that is due; a run that is asked to end saves at once, and validates on resuming."""
+        if self._validation_is_due and not self._stopping:
+            scores = self._validate()
+            if scores is not None:
+                tracker.log(self.step, scores)
+                self._validation_is_due = False
+        saves = self._stopping or self._is_due(self._train.save_every)
+        if saves or self._is_due(self._train.log_every):
+            self._bad_samples.share()
+        if saves:
+            self._save()
+            self._watchdog.beat()
 
     def _is_due(self, every: int) -> bool:
         """Whether something happens after this step; at the last one everything does."""
@@ -136,7 +165,7 @@ class Trainer:
             self.engine.backward(outputs["loss"], scale_wrt_gas=False)
             self._guard.watch(batch.ids, outputs["loss"])
             measured.append((outputs, batch))
-        outcome = self._guard.step(self.engine, stop=False)
+        outcome = self._guard.step(self.engine, stop=self._interruption.asked)
         if not outcome.faults:
             for outputs, batch in measured:
                 meter.add(outputs, batch)
@@ -175,8 +204,11 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        """Teacher-forced loss and accuracy over the validation split, shared by all ranks; keeps the best."""
+    def _validate(self) -> dict[str, float] | None:
+        """Teacher-forced loss and accuracy over the validation split, shared by all ranks; keeps the best.
+
+        None when a rank is asked to end: a launcher would not wait for the rest.
+        """
         assert self._streams.val is not None
         self.engine.eval()
         meter = Meter(self._ranks)
@@ -184,6 +216,11 @@ class Trainer:
             self._bad_samples.note(batch.failures)
             outputs = self.engine(batch.to(self.engine.device))
             meter.add(outputs, batch, weight=float(counts))
+            self._watchdog.beat()
+            (asked,) = self._ranks.sum([float(self._interruption.asked)])
+            self._stopping = asked > 0
+            if self._stopping:
+                return None
         sums = meter.read()
         if not sums["answer_tokens"]:
             raise TrainingError(f"no conversation in {self._config.data.val} has an assistant turn to validate on")
@@ -208,13 +245,15 @@ class Trainer:
         if checkpoint is None:
             # Of a run that was cut short before its first checkpoint.
             shutil.rmtree(self._directory / BEST, ignore_errors=True)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        save_config(self._config, self._directory / CONFIG_FILE)
+        with writing("the configuration", self._directory / CONFIG_FILE):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            save_config(self._config, self._directory / CONFIG_FILE)
 
     def _resume(self, checkpoint: Path) -> None:
         state = self._store.load(self.engine, checkpoint)
         self.step, self.best_loss = state["step"], state["best_loss"]
         self._guard.load_state_dict(state["bad_steps"])
+        self._validation_is_due = self._validates and state["validation_is_due"]
         try:
             self._streams.sampler.load_state_dict(state["sampler"])
         except ValueError as error:
@@ -227,6 +266,7 @@ class Trainer:
             "best_loss": self.best_loss,
             "sampler": self._streams.sampler.state_dict(),
             "bad_steps": self._guard.state_dict(),
+            "validation_is_due": self._validation_is_due,
         }
         self._store.save(self.engine, self.step, state)
         self._export(LAST, {})
@@ -242,7 +282,8 @@ class Trainer:
                     "seed": self._train.seed,
                     **{f"validation {key}": round(value, 4) for key, value in scores.items()},
                 }
-                save_compressor(compressor, self._directory / name, card=card)
+                with writing("the compressor", self._directory / name):
+                    save_compressor(compressor, self._directory / name, card=card)
         self._ranks.barrier()
 
 
