@@ -122,8 +122,8 @@ class WarmStartSection:
 
     steps: int = option(
         0,
-        "the first of max_steps, each a forward without gradients that sees all tokens up to the layer where the method "
-        "scores first (omnidrop: layer 0); they need no answers",
+        "the first of max_steps, each a forward without gradients that sees all tokens up to the layer where the "
+        "method scores first (omnidrop: layer 0); they need no answers",
     )
     settings: dict[str, Any] = option({}, "fields of that method; what it keeps, and so its ratio, does not matter")
 
