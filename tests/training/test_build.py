@@ -94,7 +94,7 @@ def test_an_export_is_gone_on_from_with_its_base(tmp_path: Path):
 @pytest.mark.parametrize(
     ("section", "start", "told"),
     [
-        ({}, "stpv", r"train\.init_from: .*'stpv'; did you mean 'stvp'.*no such folder"),
+        ({}, "stpv", r"train\.init_from: .*'stpv'; did you mean 'stvp'.*no folder stpv"),
         ({}, "runs/nowhere", "runs/nowhere is no exported compressor"),
         ({}, "full", "cannot be split"),
         ({"base": "omnizip"}, "stvp", r"init_from is stvp, compressor\.base omnizip"),

@@ -124,7 +124,7 @@ def is_method(start: str) -> bool:
     try:
         compressor_type(start)
     except CompressorError as error:
-        raise CompressorError(f"train.init_from: {error}; and there is no such folder") from error
+        raise CompressorError(f"train.init_from: {error} (and there is no folder {start})") from error
     return True
 
 
