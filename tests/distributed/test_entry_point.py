@@ -131,6 +131,7 @@ def test_qwen3_from_a_feature_cache(clips: Path, tmp_path: Path):
     [
         ("train.learning_rate=1", "unknown key 'train.learning_rate'"),
         ("train.resume=nowhere", "nowhere is no checkpoint"),
+        ("output_dir=/dev/null/run", "cannot write the configuration to /dev/null/run/config.yaml: Not a directory"),
     ],
 )
 def test_mistakes_end_with_one_message(clips: Path, tmp_path: Path, override: str, told: str):

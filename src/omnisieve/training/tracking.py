@@ -38,8 +38,9 @@ class Tracker:
         """Record `scalars` after `step` optimiser steps."""
         self.note(step, **scalars)
         if self._events is not None:
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+            with writing("the log", Path(self._events.log_dir)):
+                for name, value in scalars.items():
+                    self._events.add_scalar(name, value, step)
 
     def note(self, step: int, **facts: Any) -> None:
         """Record JSON values that are no scalars, as a line of the file only."""
