@@ -112,7 +112,7 @@ def compressors_of(config: TrainConfig | EvalConfig, hidden_size: int) -> Iterat
     if isinstance(config, TrainConfig):
         yield make_compressor(config, hidden_size)
         return
-    for method in resolve_methods(config.methods, config.settings, config.plugins):
+    for method in resolve_methods(config.entries, config.settings, config.plugins):
         for ratio in method.ratios(config.ratios):
             with suppress(UnreachableRatioError):  # a row without answers, in an evaluation
                 yield method.build(ratio)

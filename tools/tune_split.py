@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     tokens = benchmark[0].questions[0].tokens
     counts = [int((tokens.modality == m).sum()) for m in (Modality.VIDEO, Modality.AUDIO)]
     shares = {ratio: audio_share(ratio, *counts) for ratio in config.ratios}
-    resolved = resolve_methods(config.methods, config.settings, config.plugins)
+    resolved = resolve_methods(config.entries, config.settings, config.plugins)
     free = [method for method in resolved if method.kind in ("training-free", "learned")]
     methods = [variant for method in free for variant in splits(method, shares)]
     found = {

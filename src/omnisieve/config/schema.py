@@ -230,6 +230,7 @@ class EvalConfig:
         MISSING, "names of methods, folders of exported compressors (either also as X@PRESET), or keys of settings"
     )
     plugins: list[str] = option([], "Python files that register further methods; CONTRIBUTING.md shows one")
+    also: list[str] = option([], "further methods, beside those of a recipe; a compressor of your own, for example")
     ratios: list[float] = option([0.25], "retained ratios; the method full runs once")
     settings: dict[str, Any] = option(
         {}, "by entry of `methods`: its fields; `method` makes a variant of that method, `at` holds fields by ratio"
@@ -252,6 +253,11 @@ class EvalConfig:
             raise ConfigError("methods is empty; name at least one, for example methods=[full,random]")
         if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:
             raise ConfigError(f"ratios holds {bad[0]}; a retained ratio lies in (0, 1]")
+
+    @property
+    def entries(self) -> list[str]:
+        """All methods to evaluate."""
+        return [*self.methods, *self.also]
 
 
 def _positive(prefix: str, values: Any, *names: str) -> None:

@@ -35,7 +35,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
     Raises:
         BackboneError, CompressorError, DataError: what the configuration names is not there or does not fit.
     """
-    methods = resolve_methods(config.methods, config.settings, config.plugins)
+    methods = resolve_methods(config.entries, config.settings, config.plugins)
     model, benchmark = open_benchmark(config)
     results = run(config, model, benchmark, methods)
     report = make_report(
