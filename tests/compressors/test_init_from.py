@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from omnisieve.artifact import CONFIG_FILE
 from omnisieve.compressors import Compressor, CompressorError, UnreachableRatioError
 from omnisieve.compressors.learned import can_be_base
 from omnisieve.layout import MEDIA, Modality
-from tests.compressors.cases import HIDDEN, LAYOUTS, Batch, in_reach, label, ratios_of
+from tests.compressors.cases import HIDDEN, LAYOUTS, Batch, batch_of, in_reach, label, ratios_of
 
 Case = tuple[str, dict[str, Any]]
 BASES: list[Case] = [
@@ -37,11 +36,6 @@ BASES: list[Case] = [
 RATIOS = ("easy", "hard", "pair")
 bases = pytest.mark.parametrize("base", BASES, ids=label)
 every_ratio = pytest.mark.parametrize("ratio", RATIOS)
-
-
-@cache
-def batch_of(*names: str, padding_side: str = "right") -> Batch:
-    return Batch(names, padding_side)
 
 
 def learned(base: Case, video_pruner: str = "learned", **settings: Any) -> Compressor:
