@@ -62,7 +62,9 @@ def splits(method: Method, shares: Mapping[float, float]) -> list[Method]:
     """The method with both splits; splits that it already has are replaced."""
     plain = {key: value for key, value in method.settings.items() if key not in ("video_ratio", "audio_ratio")}
     source = str(method.folder) if method.folder is not None else method.name
-    variants = {name: {"method": source, **plain} for name in names(method)}
+    variants: dict[str, dict[str, Any]] = {name: {"method": source, **plain} for name in names(method)}
+    if method.folder is not None:  # whose own split would stay at its own ratio
+        variants[names(method)[0]][BY_RATIO] = {ratio: {"audio_ratio": ratio} for ratio in shares}
     variants[names(method)[1]][BY_RATIO] = {ratio: {"audio_ratio": share} for ratio, share in shares.items()}
     return resolve_methods(list(variants), variants)
 

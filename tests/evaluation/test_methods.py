@@ -52,6 +52,17 @@ def test_variants_and_settings_per_ratio() -> None:
     assert method.build(0.35).settings.rounding == "official"
 
 
+def test_an_exported_compressor_keeps_its_own_split_at_its_own_ratio(tmp_path: Path) -> None:
+    folder = str(tmp_path / "split")
+    save_compressor(
+        build_compressor("omnisift", hidden_size=16, width=8, heads=2, retained_ratio=0.25, audio_ratio=0.4), folder
+    )
+    (method,) = resolve_methods([folder], {})
+    assert [method.build(ratio).settings.audio_ratio for ratio in (0.25, 0.15)] == [0.4, None]
+    (equal,) = resolve_methods([folder], {folder: {"at": {0.25: {"audio_ratio": 0.25}}}})
+    assert equal.build(0.25).settings.audio_ratio == 0.25
+
+
 def test_a_method_at_a_preset_has_the_ratio_of_the_preset(exported: str) -> None:
     methods = resolve_methods(["omnizip@omnizip/7b/35", "oracle@seats/7b/25", f"{exported}@seats/7b/10"], {})
     assert [list(m.ratios([0.5])) for m in methods] == [[0.35], [0.25], [0.1]]

@@ -115,6 +115,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or holds something else.
     """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: there is no such file")
     try:
         loaded = OmegaConf.load(path)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:

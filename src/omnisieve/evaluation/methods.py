@@ -66,8 +66,17 @@ class Method:
         if self.kind == "bound":
             return build_bound(self.name, **self.fields_at(ratio))
         if self.folder is not None:
-            return load_compressor(self.folder, **self.fields_at(ratio))
+            return load_compressor(self.folder, **self._replaced(ratio))
         return build_compressor(self.name, **self.fields_at(ratio)).eval()
+
+    def _replaced(self, ratio: float) -> dict[str, Any]:
+        """What replaces the settings of an exported compressor: at the ratio that it was trained for, no ratio does,
+        so that its own split between video and audio stays."""
+        fields = self.fields_at(ratio)
+        own = self.folder is not None and read_config(self.folder)["settings"].get("retained_ratio")
+        if own == ratio and not any(name in fields for name in RATIOS if name != "retained_ratio"):
+            del fields["retained_ratio"]
+        return fields
 
 
 def resolve_methods(
