@@ -13,6 +13,7 @@ from omnisieve.backbones import Estimator, adapter_for, attach
 from omnisieve.data.batch import Batch
 from tests.backbones.toys import greedy_reference, learned_toy, norm_compressor, stock_prompt
 from tests.models import FAMILIES, HIDDEN, PICTURE, QWEN3, SILENT, SOUNDING, SPEECH, Media, tiny_inputs, tiny_thinker
+from tests.waiting import NoWaiting
 
 STEPS = 6
 MIXED = [[SOUNDING], [SILENT], [SPEECH], [SILENT, Media(grids=2, rows=2, columns=2)]]
@@ -235,7 +236,6 @@ def merged(model, inputs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_forward_never_waits_for_the_device(family):
-    """On the meta device there is nothing to read back, so any wait is an error."""
     model = tiny_thinker(family=family)
     if family == QWEN3:
         model.set_experts_implementation("batched_mm")  # the default one wants bfloat16 there
@@ -248,14 +248,15 @@ def test_a_training_forward_never_waits_for_the_device(family):
     compressor = learned_toy(HIDDEN).to("meta")
     labels = torch.full(inputs["input_ids"].shape, -100, device="meta")
     for route in ("hard_drop", "masked"):
+        embeds = adapter.merge(inputs["input_ids"].to("meta"), features)
+        positions = inputs["position_ids"][1:].to("meta")
         with (
             attach(model, compressor, Estimator(route, 0.5)) as attachment,
             adapter.deepstack(features, layout),
+            NoWaiting(),
         ):
             attachment.generator = torch.Generator()
             attachment.expect(layout=layout, labels=labels, answer_tokens=7)
-            embeds = adapter.merge(inputs["input_ids"].to("meta"), features)
-            positions = inputs["position_ids"][1:].to("meta")
             logits = model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits
         assert logits.shape == (7, model.config.get_text_config().vocab_size)
         assert attachment.targets.shape == (7,)

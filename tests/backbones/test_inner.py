@@ -37,6 +37,7 @@ from tests.models import (
     tiny_inputs,
     tiny_thinker,
 )
+from tests.waiting import NoWaiting
 
 LAYERS, STEPS = 6, 32
 POLICIES = ("keep_as_processed", "prune_all_layers")
@@ -59,7 +60,8 @@ class Staircase(InnerCompressor):
         return np.stack([total // 2, total // 4, 0 * total])
 
     def keep_after(self, cut: int, scores: Tensor, alive: Tensor, layout: TokenLayout) -> Tensor:
-        return topk_mask(scores, alive, torch.from_numpy(self.counts(layout)[cut]).to(scores.device))
+        counts = torch.from_numpy(self.counts(layout)[cut]).to(scores.device, non_blocking=True)
+        return topk_mask(scores, alive, counts)
 
 
 def staircase(policy: str = "keep_as_processed") -> Staircase:
@@ -462,16 +464,15 @@ def test_adapters_take_part_in_scores():
 
 
 def test_a_training_forward_never_waits_for_the_device():
-    """On the meta device there is nothing to read back, so any wait is an error."""
     model = tiny_thinker(layers=LAYERS)
     inputs = tiny_inputs(model, MIXED, padding_side="right")
     adapter = adapter_for(model)
     layout = adapter.layout(inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"]).to("meta")
     model.to("meta")
     embeds = torch.empty(*inputs["input_ids"].shape, HIDDEN, device="meta")
+    labels = torch.full(inputs["input_ids"].shape, -100, device="meta")
+    positions = inputs["position_ids"][1:].to("meta")
     for compressor in (staircase(), fastv()):
-        with attach(model, compressor) as attachment:
-            labels = torch.full(inputs["input_ids"].shape, -100, device="meta")
+        with attach(model, compressor) as attachment, NoWaiting():
             attachment.expect(layout=layout, labels=labels, answer_tokens=7)
-            positions = inputs["position_ids"][1:].to("meta")
             assert model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits.shape[0] == 7

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from omnisieve.backbones import attach
+from omnisieve.backbones import adapter_for, attach
 from omnisieve.compressors import Compressor
 from omnisieve.compressors.inner import InnerCompressor
-from tests.backbones.test_attach import MIXED, hooks_of
-from tests.compressors.cases import ALL, build, label
+from omnisieve.data.batch import Batch
+from tests.backbones.test_attach import MIXED, hooks_of, layout_of
+from tests.compressors.cases import ALL, HEAD, build, label
 from tests.models import FAMILIES, HIDDEN, PICTURE, QWEN2_5, QWEN3, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
+from tests.waiting import NoWaiting
 
 Case = tuple[str, dict[str, Any]]
 LAYERS, STEPS = 6, 6
@@ -88,3 +90,33 @@ def test_a_batch_is_its_samples_and_the_model_is_left_as_it_was(family: str, cas
         assert greedy(model, tiny_inputs(model, SAMPLES)) == [greedy(model, inputs)[0] for inputs in alone]
     assert hooks_of(model) == hooks
     assert set(vars(model)) | set(vars(model.model)) == attributes
+
+
+@everywhere
+@torch.no_grad()
+def test_a_training_forward_never_waits(family: str, case: Case) -> None:
+    """From embeddings and a layout to answer logits: methods, and the hooks around them.
+
+    In prefill the stock code looks whether there is padding, and in Qwen3 it selects by mask where nothing is dropped.
+    """
+    if case[0] == "full":
+        pytest.skip("runs the stock code alone")
+    model = tiny_thinker(layers=LAYERS, family=family)
+    if family == QWEN3:
+        model.set_experts_implementation("batched_mm")  # the default one wants bfloat16 on meta
+    adapter, inputs = adapter_for(model), tiny_inputs(model, SAMPLES, padding_side="right")
+    layout = layout_of(model, inputs).to("meta")
+    features = adapter.encode(Batch(layout=layout, labels=inputs["input_ids"], **inputs)).to("meta")
+    model.to("meta")
+    embeds = adapter.merge(inputs["input_ids"].to("meta"), features)
+    labels = torch.full(inputs["input_ids"].shape, -100, device="meta")
+    positions = inputs["position_ids"][1:].to("meta")
+    compressor = compressor_of(case, **RATIOS).to("meta")
+    needs = {
+        need: torch.empty(*layout.modality.shape, *[HEAD] * (need.kind == "keys"), device="meta")
+        for need in compressor.needs
+    }
+    with attach(model, compressor) as attachment, adapter.deepstack(features, layout), NoWaiting():
+        attachment.expect(layout=layout, needs=needs, labels=labels, answer_tokens=7)
+        logits = model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits
+    assert logits.shape[0] == 7
