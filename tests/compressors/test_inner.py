@@ -135,7 +135,27 @@ def test_the_ratio_is_the_mean_over_layers(method: tuple[str, dict[str, Any]], r
 def test_a_sample_is_treated_alike_alone_and_in_a_batch(
     method: tuple[str, dict[str, Any]], ratio: str, family: str
 ) -> None:
-    compressor = bound(method, 28, **ratios_of(method, ratio))
+    assert_invariant(bound(method, 28, **ratios_of(method, ratio)), family)
+
+
+@methods
+@families
+def test_published_rounding_keeps_at_most_its_bound(method: tuple[str, dict[str, Any]], family: str) -> None:
+    compressor = bound(method, 28, **ratios_of(method, "easy"), rounding="official")
+    names = reachable(compressor, family)
+    batch = batch_of(*names, family=family)
+    measured = np.stack([keep.sum(dim=1).numpy() for keep in left_after_cuts(compressor, batch, names)])
+    budget = compressor.budget(batch.layout)
+    compare = np.testing.assert_array_equal if budget.exact else np.testing.assert_array_less
+    slack = 0 if budget.exact else 1
+    compare(measured[1:], compressor.counts(batch.layout) + slack)
+    ends = [0, *(cut.after + 1 for cut in compressor.cuts()), 28]
+    assert (np.diff(ends) @ measured / 28 < budget.total + 1).all()
+    assert_invariant(compressor, family)
+
+
+def assert_invariant(compressor: InnerCompressor, family: str) -> None:
+    """Alone, in a batch, in another order and padded on the other side: the same tokens after every cut."""
     names = reachable(compressor, family)
     shuffled = tuple(np.random.default_rng(0).permutation(names))
     batches = {
