@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omnisieve.ops.groups import rank_in_group
-from omnisieve.ops.similarity import segment_mean, unit
+from omnisieve.ops.similarity import segment_mean, symmetric, unit
 from omnisieve.ops.topk import topk_mask
 
 KERNELS = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -71,9 +71,9 @@ def _distances(x: Tensor, valid: Tensor, metric: Literal["cosine", "euclidean"])
     if metric == "euclidean":
         wide = x if x.dtype == torch.float64 else x.float()
         # One way of computing for every length: a segment is treated alike in every batch.
-        return torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist"), others
+        return symmetric(torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist")), others
     directions = unit(x)
-    return 1 - directions @ directions.transpose(-1, -2), others
+    return symmetric(1 - directions @ directions.transpose(-1, -2)), others
 
 
 def _nearest_mean(distance: Tensor, others: Tensor, neighbours: int) -> Tensor:

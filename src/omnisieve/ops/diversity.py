@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnisieve.ops.similarity import unit
+from omnisieve.ops.similarity import symmetric, unit
 
 
 def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = N
     length = x.shape[-2]
     directions = unit(x)
     # Rounding leaves duplicates a little below 0, which a weight would blow up.
-    distance = (1 - directions @ directions.transpose(-1, -2)).clamp(min=0)
+    distance = symmetric(1 - directions @ directions.transpose(-1, -2)).clamp(min=0)
     itself = torch.eye(length, dtype=torch.bool, device=x.device)
     others = distance.masked_fill(itself | ~valid.unsqueeze(-2), torch.inf)
     nearest = others.amin(dim=-1)

@@ -18,6 +18,15 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(_wide(x), dim=-1, eps=EPS)
 
 
+def symmetric(pairs: Tensor) -> Tensor:
+    """The same value for both orders of a pair, [..., L, L].
+
+    A matrix product rounds the two apart, in another way for every shape. Two entries that are nearest to each other
+    would be told apart by that, and the choice between them would depend on the batch.
+    """
+    return torch.minimum(pairs, pairs.transpose(-1, -2))
+
+
 def segment_mean(x: Tensor, valid: Tensor) -> Tensor:
     """Mean over the valid rows of each segment, [..., L, D] -> [..., D]; zeros for an empty segment."""
     total = _wide(x).masked_fill(~valid.unsqueeze(-1), 0).sum(dim=-2)
