@@ -84,6 +84,19 @@ def test_a_large_weight_does_not_turn_rounding_into_distance() -> None:
     assert {i % 3 for i in order[:3]} == {0, 1, 2}
 
 
+def test_two_that_are_nearest_to_each_other_are_told_apart_alike_in_every_shape() -> None:
+    """A product of matrices rounds the distance from one to the other and back apart, by its shape."""
+    size, wide = 5, 13
+    x = torch.randn(2000, size, 16, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, wide - size), value=1e3)
+    valid = torch.arange(wide).expand(len(x), -1) < size
+    alone = x, valid[:, :size]
+    assert torch.equal(maxmin_order(*alone, 1), maxmin_order(padded, valid, 1))
+    for metric in ("cosine", "euclidean"):
+        peaks = density_peaks(*alone, 1, metric), density_peaks(padded, valid, 1, metric)[:, :size]
+        torch.testing.assert_close(*peaks, rtol=1e-3, atol=1e-3)
+
+
 def test_maxmin_copes_with_zero_vectors() -> None:
     x = torch.zeros(1, 4, 3)
     assert sorted(maxmin_order(x, torch.ones(1, 4, dtype=torch.bool), 4)[0].tolist()) == [0, 1, 2, 3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omnisieve.ops.budget import GUARD
 from omnisieve.ops.topk import topk_mask
 
 
@@ -45,9 +46,10 @@ def round_to_total(targets: Tensor, sizes: Tensor, total: Tensor) -> Tensor:
     Returns:
         [B, G] long.
     """
-    whole = torch.minimum(targets.floor().long(), sizes)
+    whole = torch.minimum((targets + GUARD).floor().long(), sizes)
     missing = total - whole.sum(dim=-1)
-    return whole + topk_mask(targets - whole, whole < sizes, missing)
+    # Targets carry rounding errors that differ from batch to batch; they must not decide between equal remainders.
+    return whole + topk_mask(((targets - whole) / GUARD).round(), whole < sizes, missing)
 
 
 def share_out(shares: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
