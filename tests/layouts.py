@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
+from hypothesis import strategies as st
 
 from omnisieve.layout import Modality, TokenLayout, TokenMap
 
@@ -99,3 +100,22 @@ def _audio(spec: LayoutSpec, window: int, item: int, stream: int, ids: int) -> l
     count = spec.audio_per_window
     step = max(ids // max(count, 1), 1)
     return [(Modality.AUDIO, item, 0, 0, count * window + j, ids * window + step * j, stream) for j in range(count)]
+
+
+specs = st.builds(
+    LayoutSpec,
+    windows=st.integers(1, 4),
+    grids_per_window=st.integers(0, 3),
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 4),
+    audio_per_window=st.integers(0, 12),
+    video=st.booleans(),
+    audio=st.booleans(),
+    separate_audio=st.booleans(),
+    videos=st.integers(1, 2),
+    images=st.integers(0, 3),
+    odd_grids=st.booleans(),
+    grid_every=st.integers(1, 3),
+    growth=st.integers(0, 2),
+    text=st.integers(0, 3),
+)

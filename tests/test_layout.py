@@ -12,25 +12,8 @@ from hypothesis import strategies as st
 
 from omnisieve.data.tokens import Qwen3OmniRules, TokenRules, VideoRun, expand
 from omnisieve.layout import MEDIA, Modality, TokenLayout
-from tests.layouts import FAMILIES, IDS_PER_WINDOW, QWEN3, LayoutSpec, make_layout, make_map
+from tests.layouts import FAMILIES, IDS_PER_WINDOW, QWEN3, LayoutSpec, make_layout, make_map, specs
 
-specs = st.builds(
-    LayoutSpec,
-    windows=st.integers(1, 4),
-    grids_per_window=st.integers(0, 3),
-    rows=st.integers(1, 3),
-    columns=st.integers(1, 4),
-    audio_per_window=st.integers(0, 12),
-    video=st.booleans(),
-    audio=st.booleans(),
-    separate_audio=st.booleans(),
-    videos=st.integers(1, 2),
-    images=st.integers(0, 3),
-    odd_grids=st.booleans(),
-    grid_every=st.integers(1, 3),
-    growth=st.integers(0, 2),
-    text=st.integers(0, 3),
-)
 batches = st.lists(specs, min_size=1, max_size=3)
 sides = st.sampled_from(["left", "right"])
 many = settings(max_examples=60, deadline=None)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -152,18 +153,21 @@ def build(case: tuple[str, dict[str, Any]], *, hidden_size: int = HIDDEN, **budg
     return build_compressor(name, hidden_size=hidden_size, **fields, **budget).eval()
 
 
+Sample = str | LayoutSpec  # a name is one of `LAYOUTS`
+
+
 class Batch:
     """Layout, embeddings and statistics of some samples; what a sample holds does not depend on its neighbours."""
 
-    def __init__(self, names: Sequence[str], padding_side: str = "right", family: str = QWEN2_5) -> None:
-        specs = [LAYOUTS[name] for name in names]
+    def __init__(self, samples: Sequence[Sample], padding_side: str = "right", family: str = QWEN2_5) -> None:
+        specs = [LAYOUTS[sample] if isinstance(sample, str) else sample for sample in samples]
         self.layout: TokenLayout = make_layout(*specs, padding_side=padding_side, family=family)
-        self.embeds = torch.full((len(names), self.layout.length, HIDDEN), 1e3)
-        self._attention = torch.full((len(names), self.layout.length), 1e3)
-        self._keys = torch.full((len(names), self.layout.length, HEAD), 1e3)
+        self.embeds = torch.full((len(specs), self.layout.length, HIDDEN), 1e3)
+        self._attention = torch.full((len(specs), self.layout.length), 1e3)
+        self._keys = torch.full((len(specs), self.layout.length, HEAD), 1e3)
         self.present = torch.from_numpy(self.layout.modality > 0)
-        for row, name in enumerate(names):
-            generator = torch.Generator().manual_seed(list(LAYOUTS).index(name))
+        for row, spec in enumerate(specs):
+            generator = torch.Generator().manual_seed(crc32(repr(spec).encode()))
             size = int(self.present[row].sum())
             self.embeds[row, self.present[row]] = torch.randn(size, HIDDEN, generator=generator)
             self._attention[row, self.present[row]] = torch.rand(size, generator=generator) + 0.1
@@ -193,8 +197,8 @@ class Batch:
 
 
 @cache
-def batch_of(*names: str, padding_side: str = "right", family: str = QWEN2_5) -> Batch:
-    return Batch(names, padding_side, family)
+def batch_of(*samples: Sample, padding_side: str = "right", family: str = QWEN2_5) -> Batch:
+    return Batch(samples, padding_side, family)
 
 
 @torch.no_grad()

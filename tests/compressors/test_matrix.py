@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from omnisieve.compressors import Compressor, UnreachableRatioError
 from omnisieve.layout import Modality
@@ -18,6 +20,7 @@ from tests.compressors.cases import (
     OUT_OF_REACH,
     PUBLISHED,
     Batch,
+    Sample,
     batch_of,
     build,
     in_reach,
@@ -25,7 +28,7 @@ from tests.compressors.cases import (
     plan_of,
     ratios_of,
 )
-from tests.layouts import FAMILIES
+from tests.layouts import FAMILIES, LayoutSpec, specs
 from tests.waiting import NoWaiting
 
 methods = pytest.mark.parametrize("method", METHODS, ids=label)
@@ -113,7 +116,25 @@ def test_published_rounding_keeps_at_most_its_bound(method: tuple[str, dict[str,
     assert_invariant(compressor, in_reach(method, "published"), family)
 
 
-def assert_invariant(compressor: Compressor, samples: tuple[str, ...], family: str) -> None:
+@methods
+@given(st.lists(specs, min_size=1, max_size=3), st.sampled_from([0.05, 0.25, 0.4, 0.7, 0.9]), st.sampled_from(FAMILIES))
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_so_are_samples_of_any_kind(
+    method: tuple[str, dict[str, Any]], samples: list[LayoutSpec], ratio: float, family: str
+) -> None:
+    """Whatever `budget` promises from the layout alone is kept; what it does not, it refuses."""
+    compressor, batch = build(method, retained_ratio=ratio), batch_of(*samples, family=family)
+    try:
+        budget = compressor.budget(batch.layout)
+    except UnreachableRatioError:
+        assume(False)
+    measured = plan_of(compressor, batch).measured(batch.layout)
+    np.testing.assert_array_equal(measured["video"], budget.video)
+    np.testing.assert_array_equal(measured["audio"], budget.audio)
+    assert_invariant(compressor, tuple(samples), family)
+
+
+def assert_invariant(compressor: Compressor, samples: tuple[Sample, ...], family: str) -> None:
     """Alone, in a batch, in another order and padded on the other side: the same tokens, equally merged."""
     shuffled = tuple(np.random.default_rng(0).permutation(samples))
     batches = [batch_of(*samples, family=family), batch_of(*shuffled, padding_side="left", family=family)]
