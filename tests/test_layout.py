@@ -202,6 +202,13 @@ def test_select_repeats_samples_as_beams_do() -> None:
     np.testing.assert_array_equal(beams.window[2], layout.window[0])
 
 
+def test_samples_are_called_by_their_ids() -> None:
+    maps = [make_map(LayoutSpec(windows=1)) for _ in range(2)]
+    named = TokenLayout.stack(maps, names=["a", "b"])
+    assert named.select(np.array([1, 1, 0])).to("cpu").names == ("b", "b", "a")
+    assert [named.name_of(1), TokenLayout.stack(maps).name_of(1)] == ["b", "1"]
+
+
 def test_uploads_are_made_once() -> None:
     layout = make_layout(LayoutSpec())
     assert layout.segments("window", Modality.VIDEO) is layout.segments("window", Modality.VIDEO)

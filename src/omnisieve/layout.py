@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omnisieve.ops.segments import Segments as Segments
+from omnisieve.ops.segments import pack
+
 SegmentKind = Literal["window", "frame", "frames", "run", "flat", "all"]
 
 
@@ -59,38 +62,7 @@ class TokenMap:
         return len(self.modality)
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Cuts of one modality's tokens, of all samples at once, padded to the longest.
-
-    Attributes:
-        index: [B, G, L] long, token positions in sequence order; 0 where `valid` is False.
-        valid: [B, G, L] bool.
-        sizes: [B, G] int64 on the host, tokens per segment; 0 for segments that a sample does not have.
-        first: [B, G] int64 on the host, position of the first token; 0 for segments without any.
-        length: S, the sequence length the positions refer to.
-    """
-
-    index: Tensor
-    valid: Tensor
-    sizes: np.ndarray
-    first: np.ndarray
-    length: int
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Per-token values [B, S, ...] as [B, G, L, ...]; padding slots hold the value of token 0."""
-        batch, groups, length = self.index.shape
-        flat = self.index.reshape(batch, groups * length)
-        expanded = flat.reshape(flat.shape + (1,) * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
-        return values.gather(1, expanded).reshape(batch, groups, length, *values.shape[2:])
-
-    def scatter(self, values: Tensor, fill: float | bool) -> Tensor:
-        """[B, G, L] back to per-token values [B, S]; `fill` where no segment has the token."""
-        batch = self.index.shape[0]
-        # One slot past the end takes the padding, so that it never overwrites a token.
-        target = self.index.masked_fill(~self.valid, self.length).reshape(batch, -1)
-        out = torch.full((batch, self.length + 1), fill, dtype=values.dtype, device=values.device)
-        return out.scatter(1, target, values.reshape(batch, -1))[:, : self.length]
+_MAPS = (*(item.name for item in fields(TokenMap)), "window")
 
 
 @dataclass(frozen=True)
@@ -98,7 +70,8 @@ class TokenLayout:
     """Maps of a batch, [B, S] int64 each, on the host; `device` is where uploads go.
 
     `window` numbers the 2-s windows of a sample over all its streams. A window is cut by temporal position, so it
-    exists whenever it has a token of either modality, also when a capped frame rate left it without a grid.
+    exists whenever it has a token of either modality, also when a capped frame rate left it without a grid. `names` are
+    the ids of the samples, for messages; empty where they are not known.
     """
 
     modality: np.ndarray
@@ -109,6 +82,7 @@ class TokenLayout:
     time: np.ndarray
     stream: np.ndarray
     window: np.ndarray
+    names: tuple[str, ...] = ()
     device: torch.device = torch.device("cpu")
     _uploads: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -119,6 +93,7 @@ class TokenLayout:
         length: int | None = None,
         padding_side: Literal["left", "right"] = "right",
         ids_per_window: int = 50,
+        names: Sequence[str] = (),
     ) -> TokenLayout:
         """Pad the maps of several samples to one batch.
 
@@ -127,20 +102,20 @@ class TokenLayout:
             length: S; the longest sample when None.
             padding_side: where padding goes, as in the batch's `input_ids`.
             ids_per_window: temporal position ids in one window (25 ids per second, 2 s).
+            names: ids of the samples.
         """
         longest = max(len(sample) for sample in samples)
         length = longest if length is None else length
         if length < longest:
             raise ValueError(f"length {length} is shorter than the longest sample ({longest} tokens)")
-        names = [f.name for f in fields(TokenMap)]
-        maps: dict[str, Any] = {name: np.full((len(samples), length), -1) for name in (*names, "window")}
+        maps: dict[str, Any] = {name: np.full((len(samples), length), -1) for name in _MAPS}
         maps["modality"].fill(Modality.PADDING)
         for row, sample in enumerate(samples):
             place = slice(0, len(sample)) if padding_side == "right" else slice(length - len(sample), length)
-            for name in names:
-                maps[name][row, place] = getattr(sample, name)
+            for item in fields(TokenMap):
+                maps[item.name][row, place] = getattr(sample, item.name)
             maps["window"][row, place] = _windows(sample, ids_per_window)
-        return TokenLayout(**maps)
+        return TokenLayout(**maps, names=tuple(names))
 
     @property
     def batch_size(self) -> int:
@@ -152,13 +127,18 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout with uploads going to `device`."""
-        maps = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("device", "_uploads")}
-        return TokenLayout(**maps, device=torch.device(device))
+        maps = {name: getattr(self, name) for name in _MAPS}
+        return TokenLayout(**maps, names=self.names, device=torch.device(device))
 
     def select(self, index: np.ndarray) -> TokenLayout:
         """The layout of the samples `index` (host indices into the batch, repeats allowed)."""
-        names = [f.name for f in fields(self) if f.name not in ("device", "_uploads")]
-        return TokenLayout(**{name: getattr(self, name)[index] for name in names}, device=self.device)
+        maps = {name: getattr(self, name)[index] for name in _MAPS}
+        names = tuple(self.names[i] for i in index) if self.names else ()
+        return TokenLayout(**maps, names=names, device=self.device)
+
+    def name_of(self, sample: int) -> str:
+        """What a message calls a sample: its id, or else its index in the batch."""
+        return self.names[sample] if self.names else str(sample)
 
     def counts(self, *modalities: Modality) -> np.ndarray:
         """Tokens per sample that belong to any of `modalities`, int64 [B]."""
@@ -193,7 +173,7 @@ class TokenLayout:
         if key not in self._uploads:
             owner = _segment_ids(self, kind, modality, size)
             groups = int(self.window.max()) + 1 if kind == "window" else int(owner.max()) + 1
-            self._uploads[key] = self._segments(*_pack(owner, max(groups, 1)))
+            self._uploads[key] = self._segments(*pack(owner, max(groups, 1)))
         return self._uploads[key]
 
     def cut(self, owner: np.ndarray, groups: int) -> Segments:
@@ -203,7 +183,7 @@ class TokenLayout:
             owner: [B, S] on the host, segment of each token, below `groups`; -1 for none.
             groups: G.
         """
-        return self._segments(*_pack(owner, groups))
+        return self._segments(*pack(owner, groups))
 
     def derived(self, key: tuple[Hashable, ...], build: Callable[[], np.ndarray]) -> Tensor:
         """An array on the device that follows from the layout, built and uploaded on first use.
@@ -240,7 +220,7 @@ class TokenLayout:
             owner = _segment_ids(self, "frame", Modality.VIDEO, None)
             height, width = (int(m[owner >= 0].max(initial=0)) + 1 for m in (self.row, self.column))
             cell = self.row * width + self.column
-            packed = _pack(owner, max(int(owner.max()) + 1, 1), cell, height * width)
+            packed = pack(owner, max(int(owner.max()) + 1, 1), cell, height * width)
             self._uploads[key] = (self._segments(*packed), height, width)
         return self._uploads[key]
 
@@ -318,35 +298,3 @@ def _segment_ids(layout: TokenLayout, kind: SegmentKind, modality: Modality, siz
     previous_key = np.where(previous >= 0, np.take_along_axis(key, np.maximum(previous, 0), axis=1), -1)
     starts = member & (key != previous_key)
     return np.where(member, np.cumsum(starts, axis=1) - 1, -1)
-
-
-def _pack(
-    owner: np.ndarray, groups: int, slot: np.ndarray | None = None, length: int = 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token positions per segment from segment ids [B, S].
-
-    Args:
-        owner: segment of each token, -1 for none.
-        groups: G.
-        slot: [B, S], place of each token in its segment; in sequence order without gaps when None.
-        length: L, with `slot`.
-
-    Returns:
-        index [B, G, L], valid [B, G, L] and sizes [B, G].
-    """
-    batch, position = np.nonzero(owner >= 0)
-    key = batch * groups + owner[batch, position]
-    sizes = np.bincount(key, minlength=owner.shape[0] * groups)
-    if slot is None:
-        order = np.argsort(key, kind="stable")
-        key, position = key[order], position[order]
-        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        length = max(int(sizes.max(initial=0)), 1)
-    else:
-        place = slot[batch, position]
-    index = np.zeros((len(sizes), length), dtype=np.int64)
-    valid = np.zeros(index.shape, dtype=bool)
-    index[key, place] = position
-    valid[key, place] = True
-    shape = (owner.shape[0], groups, length)
-    return index.reshape(shape), valid.reshape(shape), sizes.reshape(owner.shape[0], groups)

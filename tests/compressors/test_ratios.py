@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,6 +64,8 @@ def test_audio_alone_stays_whole_or_is_refused() -> None:
     layout = make_layout(AUDIO_VIDEO, LayoutSpec(video=False))
     with pytest.raises(UnreachableRatioError, match=r"sample 1 would keep -15 of its 0 .* reachable are 1\.0 to 1\.0"):
         budget(layout, retained_ratio=0.5)
+    with pytest.raises(UnreachableRatioError, match=r"sample clip-8 would keep"):
+        budget(replace(layout, names=("clip-7", "clip-8")), retained_ratio=0.5)
     assert budget(layout, retained_ratio=1.0) == ([80, 0], [20, 30])
 
 

@@ -136,7 +136,7 @@ def test_a_mixed_batch_holds_each_sample_unchanged(samples: dict[str, Sample], s
         assert int((batch.labels[row] != IGNORED).sum()) == batch.answer_tokens[row]
         np.testing.assert_array_equal(batch.layout.modality[row, place], sample.tokens.modality)
         assert (batch.layout.modality[row] != Modality.PADDING).sum() == size
-    assert batch.ids == tuple(samples)
+    assert batch.ids == batch.layout.names == tuple(samples)
     assert batch.video_grid_thw is not None
     assert batch.video_grid_thw.tolist() == [list(grid) for s in chosen for grid in s.video_grids]
     assert batch.pixel_values_videos is not None

@@ -142,9 +142,10 @@ class FastvOm(InnerCompressor):
             media = int(layout.counts(*MEDIA)[sample])
             low, high = (self.mean((rest[sample] + n) / media) for n in (min(1, most[sample]), most[sample]))
             raise UnreachableRatioError(
-                f"{self.name}: behind layer {self._full_layers()} sample {sample} would keep {kept[sample]} of its "
-                f"{most[sample]} {modality.name.lower()} tokens beside {rest[sample]} of the other modality; reachable "
-                f"are {low:.4f} to {high:.4f} (retained_ratio, a mean over {self.num_layers} layers)"
+                f"{self.name}: behind layer {self._full_layers()} sample {layout.name_of(sample)} would keep "
+                f"{kept[sample]} of its {most[sample]} {modality.name.lower()} tokens beside {rest[sample]} of the "
+                f"other modality; reachable are {low:.4f} to {high:.4f} (retained_ratio, a mean over {self.num_layers} "
+                "layers)"
             )
 
 

@@ -198,7 +198,7 @@ class OmniDrop(InnerCompressor):
     def counts(self, layout: TokenLayout) -> np.ndarray:
         """See `InnerCompressor.counts`."""
         entering, asked = self.first.budget(layout).total, self.asked(layout).total
-        p_init, p_final = self._ends(entering, asked)
+        p_init, p_final = self._ends(entering, asked, layout)
         if self.official:
             left = [entering]
             for rate in self.pruning.rates(p_init, p_final).T:
@@ -236,7 +236,7 @@ class OmniDrop(InnerCompressor):
             scores = scores / best.amax(dim=1, keepdim=True).clamp(min=1e-30)
         return (scores.double() + self.settings.lambda_div * distance / last).masked_fill(safe, torch.inf)
 
-    def _ends(self, entering: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _ends(self, entering: np.ndarray, asked: np.ndarray, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
         """p_init and p_final of each sample, [B] each.
 
         Raises:
@@ -256,8 +256,8 @@ class OmniDrop(InnerCompressor):
                 entering[sample] * self.pruning.retention(p, q).mean() for p, q in ((1, 1), (s.p_init or TINY, TINY))
             )
             raise UnreachableRatioError(
-                f"omnidrop: sample {sample} is asked to process {asked[sample]} media tokens on average over {layers} "
-                f"layers; {entering[sample]} enter the LLM, reachable are {low:.1f} to {high:.1f}: change the ratio, "
-                "p_init or the first stage"
+                f"omnidrop: sample {layout.name_of(sample)} is asked to process {asked[sample]} media tokens on "
+                f"average over {layers} layers; {entering[sample]} enter the LLM, reachable are {low:.1f} to {high:.1f}"
+                ": change the ratio, p_init or the first stage"
             )
         return p_init, p_final

@@ -145,9 +145,9 @@ def check_reach(
         highest = math.floor(1e4 * (high[sample] + rest) / size) / 1e4
         beside = f" beside {rest} tokens of the other modality" if rest else ""
         raise UnreachableRatioError(
-            f"{name}: sample {sample} would keep {kept[sample]} of its {high[sample]} {modality.name.lower()} "
-            f"tokens{beside}; it can keep {least[sample]} to {high[sample]}, so reachable are {lowest} to {highest} "
-            f"({setting})"
+            f"{name}: sample {layout.name_of(sample)} would keep {kept[sample]} of its {high[sample]} "
+            f"{modality.name.lower()} tokens{beside}; it can keep {least[sample]} to {high[sample]}, so reachable are "
+            f"{lowest} to {highest} ({setting})"
         )
 
 

@@ -217,7 +217,7 @@ class Seats(InnerCompressor):
         low, high = (entering * layers / (size * decay.num_layers) for layers in (decay.spans[0], decay.spans.sum()))
         cure = ", or late_removal: false" if decay.late_removal else ""
         return UnreachableRatioError(
-            f"seats: {entering} of {size} {name} tokens of sample {sample} enter the LLM, and "
+            f"seats: {entering} of {size} {name} tokens of sample {layout.name_of(sample)} enter the LLM, and "
             f"{decay.num_layers - decay.spans.sum()} of its {decay.num_layers} layers see none of them; as a mean over "
             f"layers {low:.3f} to {high:.3f} are reachable: change the ratio of {name}{cure}"
         )

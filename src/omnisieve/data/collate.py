@@ -61,7 +61,11 @@ def collate(
         labels=labels,
         position_ids=pad([s.position_ids for s in samples], 0).transpose(0, 1).contiguous(),
         layout=TokenLayout.stack(
-            [s.tokens for s in samples], length=length, padding_side=padding_side, ids_per_window=ids_per_window
+            [s.tokens for s in samples],
+            length=length,
+            padding_side=padding_side,
+            ids_per_window=ids_per_window,
+            names=[s.id for s in samples],
         ),
         pixel_values_videos=torch.cat([video.pixels for video in videos]) if videos else None,
         video_grid_thw=_grids([grid for s in samples for grid in s.video_grids]),

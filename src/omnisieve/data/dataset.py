@@ -206,7 +206,7 @@ class OmniDataset(Dataset[Sample]):
             bad = tuple(BadSample(id, e.file, e.kind, e.reason, e.cure, sample.id) for id, e in failed)
             return replace(sample, failures=bad)
         raise DataError(
-            f"sample {index} and {_ATTEMPTS - 1} others drawn in its place cannot be read; first: {failed[0][1]}"
+            f"sample {failed[0][0]} and {_ATTEMPTS - 1} others drawn in its place cannot be read; first: {failed[0][1]}"
         )
 
 
