@@ -65,6 +65,11 @@ class MediaSection:
     feature_cache: str | None = option(
         None, "folder of tools/cache_features.py; saves decoding and encoders, takes about 100 MB per minute of video"
     )
+    feature_cache_dtype: Literal["bfloat16", "float32", "int8"] | None = option(
+        None,
+        "how tools/cache_features.py stores features; null: as the encoders give them, which equals encoding online. "
+        "int8 takes half of bfloat16 and rounds each token to 1/254 of its largest value; reading needs no setting",
+    )
 
     def __post_init__(self) -> None:
         _positive("data", self, "fps", "max_frames", "min_pixels", "max_pixels", "decode_seconds")

@@ -37,6 +37,7 @@ _FREE = {
     "data.workers",
     "data.decode_seconds",
     "data.feature_cache",
+    "data.feature_cache_dtype",  # of writing; what is read says how it was rounded, see `Trainer`
     *(f"train.{name}" for name in ("max_steps", "stop_at", "resume", "gradient_checkpointing")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_total_limit")),
     *(f"train.{name}" for name in ("max_bad_steps", "watchdog_seconds")),
