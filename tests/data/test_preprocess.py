@@ -71,6 +71,25 @@ def test_video_equals_the_stock_processors(frames: int, grids: int, family: str)
     assert patches.seconds_per_grid == 1.0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("height", "width"), [(64, 128), (90, 200)])
+def test_frames_are_shown_as_the_tower_sees_them(height: int, width: int, family: str) -> None:
+    tool = make(family, min_pixels=56 * 56, max_pixels=64 * 160)
+    picture = np.random.default_rng(0).integers(0, 256, (5, height, width, 3), dtype=np.uint8)
+    patches = tool.video(VideoFrames(picture, 0.5, 2.5, "decord"))
+    shown = tool.shown(patches, range(3))
+    # Frames of that size are not resized any more, and give the same patches.
+    assert torch.equal(tool.video(VideoFrames(shown, 0.5, 3.0, "decord")).pixels, patches.pixels)
+    assert np.array_equal(shown[4], shown[5])  # the last one was repeated to fill its step
+    assert np.array_equal(tool.shown(patches, [2, 0]), shown[[4, 5, 0, 1]])
+
+
+def test_frames_of_the_towers_size_are_shown_pixel_by_pixel() -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (2, 56, 84, 3), dtype=np.uint8)
+    tool = make(min_pixels=56 * 84, max_pixels=56 * 84)
+    assert np.array_equal(tool.shown(tool.video(VideoFrames(picture, 0.5, 1.0, "decord")), [0]), picture)
+
+
 def test_long_videos_keep_their_pixels() -> None:
     pixels = np.zeros((400, 28, 28, 3), dtype=np.uint8)
     grid = make(min_pixels=28 * 28, max_pixels=56 * 56).video(VideoFrames(pixels, 0.5, 200.0, "decord")).grid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,28 @@ class Preprocessor:
         output = self.video_processor(videos=[frames], return_tensors="pt", **options)
         t, h, w = output["video_grid_thw"][0].tolist()
         return Patches(output["pixel_values_videos"].to(self.pixel_dtype), (t, h, w), video.seconds_per_frame * step)
+
+    def shown(self, patches: Patches, steps: Sequence[int]) -> np.ndarray:
+        """Frames as the vision tower is shown them: what `video` did, undone but for the resizing.
+
+        Args:
+            patches: of a video.
+            steps: temporal grid steps, n of them.
+
+        Returns:
+            uint8 [n * temporal_patch, H, W, 3] RGB. Exact for patches in single precision.
+        """
+        processor, merge = self.video_processor, self.rules.spatial_merge_size
+        (t, h, w), patch, step = patches.grid, processor.patch_size, self.rules.temporal_patch_size
+        chosen = patches.pixels.unflatten(0, (t, h * w))[list(steps)].float()
+        # A row is a patch of all channels and raw frames; rows come merge unit by merge unit.
+        blocks = chosen.reshape(len(steps), h // merge, w // merge, merge, merge, -1, step, patch, patch)
+        frames = blocks.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(len(steps) * step, h * patch, w * patch, -1)
+        if processor.do_normalize:
+            frames = frames * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
+        if processor.do_rescale:
+            frames = frames / processor.rescale_factor
+        return frames.round().clamp(0, 255).to(torch.uint8).numpy()
 
     def image(self, picture: np.ndarray) -> Patches:
         """Patches of an image, uint8 [H, W, 3]."""
