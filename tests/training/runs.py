@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnisieve.backbones import Estimator, adapter_for
+from omnisieve.backbones import Estimator, adapter_for, load_backbone
 from omnisieve.compressors import build_compressor
 from omnisieve.config import DataSection, ModelSection, TrainConfig, TrainSection
 from omnisieve.data.batch import Batch, Features
 from omnisieve.data.sampler import StreamSampler
-from omnisieve.training.build import make_teacher
+from omnisieve.training.build import make_teacher, make_trainable
 from omnisieve.training.distributed import Ranks
+from omnisieve.training.engine import sharded_loading
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.streams import Streams
 from omnisieve.training.trainer import Trainer
@@ -52,13 +53,22 @@ def make_config(output_dir: Path, *, dtype: Any = "float32", **train: Any) -> Tr
 
 
 def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
-    """A trainer that reads `CLIPS` over and over."""
-    backbone = tiny_thinker(dtype=getattr(torch, config.model.dtype))
+    """A trainer that reads `CLIPS` over and over, under ZeRO-3 of a thinker that was loaded in shards."""
+    whole = backbone = tiny_thinker(dtype=getattr(torch, config.model.dtype))
+    if config.train.zero_stage == 3:
+        folder = Path(config.output_dir).parent / f"thinker-{config.model.dtype}"
+        if ranks.is_first and not folder.exists():
+            whole.save_pretrained(folder)
+        ranks.barrier()
+        with sharded_loading(config):
+            backbone = load_backbone(folder, config.model.dtype)
     torch.manual_seed(config.train.seed)
     fields = {name: value for name, value in config.compressor.items() if name != "method"}
+    compressor = build_compressor(config.compressor["method"], hidden_size=HIDDEN, **fields)
+    make_trainable(adapter_for(backbone), config.train.llm)
     module = TrainingModule(
         backbone,
-        build_compressor(config.compressor["method"], hidden_size=HIDDEN, **fields),
+        compressor,
         estimator=Estimator(config.train.estimator.route, config.train.estimator.candidates),
         gate_clip=config.train.estimator.gate_clip,
         distill_weight=config.train.distill_weight,
@@ -66,7 +76,7 @@ def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     )
     size = config.train.micro_batch_size
     sampler = StreamSampler(len(CLIPS), size, seed=config.train.seed, rank=ranks.rank, world_size=ranks.world_size)
-    train = Loader(backbone, sampler)
+    train = Loader(whole, sampler)
     places = range(ranks.rank, VAL_BATCHES + ranks.rank, ranks.world_size)
     val = [(train.batch([place % len(CLIPS)]), place < VAL_BATCHES) for place in places]
     return Trainer(config, module, Streams(train, sampler, val), ranks)

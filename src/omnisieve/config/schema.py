@@ -137,6 +137,49 @@ class WarmStartSection:
 
 
 @dataclass
+class LoraSection:
+    """Low-rank adapters (peft) on linear modules of the LLM's layers, in float32."""
+
+    rank: int = option(16, "of each adapter; parameters and optimiser state grow with it")
+    alpha: float = option(32.0, "what an adapter says is scaled by alpha / rank")
+    dropout: float = option(0.0, "of what an adapter sees in training; the LLM has none")
+    targets: list[str] = option(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "names of linear modules within a layer; the first four are its attention",
+    )
+
+    def __post_init__(self) -> None:
+        _positive("train.llm.lora", self, "rank", "alpha")
+        _in_unit_interval("train.llm.lora", self, "dropout")
+        if not self.targets:
+            raise ConfigError("train.llm.lora.targets is empty; name at least one module, such as q_proj")
+
+
+@dataclass
+class LlmSection:
+    """Whether the LLM learns beside the compressor. Its encoders never do."""
+
+    mode: Literal["frozen", "lora", "full"] = option(
+        "frozen",
+        "lora: low-rank adapters learn; full: layers, embeddings and head learn, which needs 16 bytes of memory for "
+        "each of their parameters, spread over the ranks as zero_stage and offload say",
+    )
+    lr: float = option(1e-5, "peak learning rate of what learns of the LLM; adapters bear ten times as much")
+    lora: LoraSection = section(LoraSection)
+
+    def __post_init__(self) -> None:
+        _positive("train.llm", self, "lr")
+
+
+@dataclass
+class OffloadSection:
+    """What waits in host memory while it is not needed, for a step that takes longer."""
+
+    optimizer: bool = option(False, "optimiser states, 8 to 12 bytes a trainable parameter; the update runs on the CPU")
+    parameters: bool = option(False, "the LLM's own weights, layer by layer; needs zero_stage 3")
+
+
+@dataclass
 class TrainSection:
     """The optimisation. One step sees micro_batch_size * gradient_accumulation_steps * ranks clips."""
 
@@ -144,6 +187,7 @@ class TrainSection:
     micro_batch_size: int = option(1, "clips per rank and forward; memory grows with it")
     gradient_accumulation_steps: int = option(1, "forwards per step; same result as a larger batch, takes longer")
     lr: float = option(2e-4, "peak learning rate of the compressor")
+    llm: LlmSection = section(LlmSection)
     weight_decay: float = option(0.0, "AdamW, on matrices only")
     warmup_ratio: float = option(0.05, "share of the steps with rising learning rate")
     min_lr_ratio: float = option(0.1, "the cosine ends at this share of lr")
@@ -156,9 +200,10 @@ class TrainSection:
     gradient_checkpointing: bool = option(False, "recompute the LLM in backward: a third slower, a fraction of memory")
     zero_stage: int = option(
         2,
-        "shards over ranks: 1 the optimiser; 2 gradients too; 3 the LLM too, after each rank has loaded it whole into "
-        "host memory: more traffic, and several ranks need data.feature_cache",
+        "shards over ranks: 1 the optimiser; 2 gradients too; 3 the LLM too, which no rank then ever holds whole, for "
+        "more traffic",
     )
+    offload: OffloadSection = section(OffloadSection)
     seed: int = option(0, "of initialisation, data order and candidates")
     max_bad_steps: int = option(
         5, "so many steps in a row with a loss or gradient that is not finite end the run; a single one is left out"
@@ -199,7 +244,12 @@ class TrainSection:
                 "they are a part"
             )
         if self.zero_stage not in (1, 2, 3):
-            raise ConfigError(f"train.zero_stage is {self.zero_stage}; choose 1, 2 or 3")
+            reason = " (0 would take one step too many in bfloat16)" if self.zero_stage == 0 else ""
+            raise ConfigError(f"train.zero_stage is {self.zero_stage}; choose 1, 2 or 3{reason}")
+        if self.offload.parameters and self.zero_stage != 3:
+            raise ConfigError(
+                f"train.offload.parameters needs train.zero_stage=3, which shards them; it is {self.zero_stage}"
+            )
 
 
 @dataclass

@@ -11,8 +11,9 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from omnisieve.artifact import load_compressor
-from omnisieve.backbones import BackboneError, Estimator, adapter_for, load_backbone
+from omnisieve.backbones import Adapter, BackboneError, Estimator, adapter_for, load_backbone
 from omnisieve.backbones.media import media_loader
+from omnisieve.backbones.tuning import add_lora, train_all
 from omnisieve.compressors import (
     Compressor,
     CompressorError,
@@ -22,9 +23,10 @@ from omnisieve.compressors import (
     list_compressors,
 )
 from omnisieve.compressors.inner import InnerCompressor
-from omnisieve.config import ConfigError, TrainConfig, check_fields
+from omnisieve.config import ConfigError, LlmSection, TrainConfig, check_fields
 from omnisieve.data.errors import DataError
 from omnisieve.training.distributed import Ranks
+from omnisieve.training.engine import sharded_loading
 from omnisieve.training.errors import TrainingError
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.streams import check_manifests, open_streams
@@ -38,18 +40,19 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Load the LLM, make or load the compressor, open the data.
 
     Raises:
-        ConfigError: the compressor's section does not fit its method, or the ranks could wait for each other forever.
+        ConfigError: the compressor's section does not fit its method.
         BackboneError, CompressorError, DataError: what the configuration names is not there or does not fit.
     """
-    check_sharding(config, ranks)
     check_manifests(config.data)
     if not ranks.is_first:
         disable_progress_bar()
+    with sharded_loading(config):
+        backbone = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation)
+    adapter = adapter_for(backbone)
     # The same start on every rank.
     torch.manual_seed(config.train.seed)
-    backbone = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation)
-    adapter = adapter_for(backbone)
     compressor = make_compressor(config, adapter.hidden_size)
+    make_trainable(adapter, config.train.llm)
     media = media_loader(config.model.path, adapter, config.data)
     module = TrainingModule(
         backbone,
@@ -63,21 +66,16 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     return Trainer(config, module, open_streams(config.data, config.train, media, ranks), ranks)
 
 
-def check_sharding(config: TrainConfig, ranks: Ranks) -> None:
-    """Refuse a run whose ranks could wait for each other forever.
-
-    Under ZeRO-3 every module call gathers its parameters from all ranks, and only a rank with sound calls the audio
-    encoder.
+def make_trainable(adapter: Adapter, llm: LlmSection) -> None:
+    """Let of the LLM learn what the configuration says.
 
     Raises:
-        ConfigError: ZeRO-3 on several ranks that run the encoders.
+        BackboneError: adapters are wanted where it has no modules of those names.
     """
-    if config.train.zero_stage == 3 and ranks.world_size > 1 and config.data.feature_cache is None:
-        raise ConfigError(
-            f"train.zero_stage is 3 on {ranks.world_size} ranks without data.feature_cache: a rank whose clips have no "
-            "sound, or no video, would never call that encoder, and the others would wait for it. Cache the encoders' "
-            "outputs (tools/cache_features.py) and set data.feature_cache, or choose train.zero_stage=2"
-        )
+    if llm.mode == "lora":
+        add_lora(adapter, llm.lora)
+    elif llm.mode == "full":
+        train_all(adapter)
 
 
 def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from omnisieve.config import TrainSection
+from omnisieve.config import TrainConfig, TrainSection
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import warmup_cosine
 
 
-def build_engine(module: TrainingModule, train: TrainSection) -> Any:
-    """Wrap a module for training.
-
-    There is no precision section: the LLM keeps the dtype it was loaded in, and trainables are float32.
-    """
+def build_engine(module: TrainingModule, config: TrainConfig) -> Any:
+    """Wrap a module for training."""
+    train = config.train
+    if trains_in_bfloat16(config):
+        # Here and not by DeepSpeed, which leaves it as it is beside an LLM that was loaded in shards.
+        module.compressor.to(torch.bfloat16)
     optimizer = AdamW(parameter_groups(module, train))
     warmup = round(train.warmup_ratio * train.max_steps)
 
@@ -31,35 +34,76 @@ def build_engine(module: TrainingModule, train: TrainSection) -> Any:
         return LambdaLR(optimizer, factor)
 
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(train)
+        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config)
     )
     return engine
 
 
-def deepspeed_config(train: TrainSection) -> dict[str, Any]:
-    """What DeepSpeed has to know of a run."""
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """What DeepSpeed has to know of a run.
+
+    A frozen LLM, also one with adapters, needs no precision section: it keeps the dtype it was loaded in, and
+    trainables are float32. With the section every parameter is bfloat16, and the optimiser holds float32 copies.
+    """
+    train = config.train
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.offload.optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if train.offload.parameters:
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": trains_in_bfloat16(config)},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
 
 
+def trains_in_bfloat16(config: TrainConfig) -> bool:
+    """Whether trainables themselves are bfloat16."""
+    return config.train.llm.mode == "full" and config.model.dtype == "bfloat16"
+
+
+@contextmanager
+def sharded_loading(config: TrainConfig) -> Iterator[None]:
+    """Under ZeRO-3, stock models loaded inside are spread over the ranks as they are read: none ever holds a whole."""
+    if config.train.zero_stage < 3:
+        yield
+        return
+    # transformers asks it while it loads; the precision is that of the LLM, whatever the trainables' is.
+    settings = deepspeed_config(config) | {"bf16": {"enabled": config.model.dtype == "bfloat16"}}
+    marker = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del marker
+
+
 def parameter_groups(module: TrainingModule, train: TrainSection) -> list[dict[str, Any]]:
     """Trainables by owner, each with its own learning rate; weight decay on matrices only."""
-    owners: list[tuple[str, nn.Module, float]] = [("compressor", module.compressor, train.lr)]
+    owners: list[tuple[str, nn.Module, float]] = [
+        ("compressor", module.compressor, train.lr),
+        ("llm", module.backbone, train.llm.lr),
+    ]
     groups = []
     for owner, part, lr in owners:
         trainable = [p for p in part.parameters() if p.requires_grad]
         for matrices in (True, False):
-            chosen = [p for p in trainable if (p.dim() > 1) == matrices]
+            chosen = [p for p in trainable if (len(shape_of(p)) > 1) == matrices]
             decay = train.weight_decay if matrices else 0.0
             if chosen:
                 groups.append({"params": chosen, "lr": lr, "weight_decay": decay, "owner": owner})
     return groups
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The whole one's, also of a parameter that is spread over the ranks."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def learning_rates(engine: Any) -> dict[str, float]:
@@ -67,7 +111,7 @@ def learning_rates(engine: Any) -> dict[str, float]:
     return {group["owner"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
-def gathered(engine: Any, parameters: Iterator[nn.Parameter]) -> AbstractContextManager[Any]:
+def gathered(engine: Any, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """A context in which all ranks see whole parameters, whatever the ZeRO stage."""
     if engine.zero_optimization_stage() < 3:
         return nullcontext()

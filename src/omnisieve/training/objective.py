@@ -1,8 +1,8 @@
-"""The loss of a compressor: what the frozen LLM makes of the tokens that were kept."""
+"""The loss of a compressor: what the LLM makes of the tokens that were kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnisieve.backbones import Adapter, Attachment, Estimator, adapter_for, attach
+from omnisieve.backbones.tuning import set_dropout, without_lora
 from omnisieve.compressors import Compressor
 from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.data.batch import Batch, Features
@@ -20,7 +21,7 @@ from omnisieve.training.warm_start import Listener, agreement, order_loss
 
 
 class TrainingModule(nn.Module):
-    """A frozen LLM and a compressor, as one module that DeepSpeed can wrap.
+    """An LLM and a compressor, as one module that DeepSpeed can wrap.
 
     The encoders run without gradients, or not at all when a batch brings their features. Only rows that predict an
     answer token reach the LLM's head.
@@ -77,10 +78,11 @@ class TrainingModule(nn.Module):
                 self._attachment = None
 
     def train(self, mode: bool = True) -> TrainingModule:
-        """Set the mode of the compressor; the LLM is only put into it where checkpointing asks for it."""
+        """Set the mode of the compressor; of the LLM only that of adapters, or where checkpointing asks for it."""
         super().train(mode)
         self.backbone.eval()
         self._adapter.decoder.train(mode and self._checkpointing)
+        set_dropout(self._adapter.decoder, mode)
         return self
 
     def forward(
@@ -91,6 +93,7 @@ class TrainingModule(nn.Module):
         ratio: float | None = None,
         seed: int = 0,
         warm_start: bool = False,
+        lockstep: Set[Modality] = frozenset(),
     ) -> dict[str, Tensor]:
         """Run one micro-batch; call inside `attached`.
 
@@ -100,6 +103,7 @@ class TrainingModule(nn.Module):
             ratio: retained ratio of this forward; the compressor's own when None.
             seed: of sampled candidates.
             warm_start: learn the teacher's order instead; what is returned then is said at `_warm_start`.
+            lockstep: see `Adapter.encode`.
 
         Returns:
             Scalars. "loss": the objective summed over the answer tokens, times `scale`; the only one with a gradient.
@@ -111,7 +115,7 @@ class TrainingModule(nn.Module):
         if attachment is None:
             raise RuntimeError("TrainingModule.forward runs inside `with module.attached():`")
         compressor = self.compressor if ratio is None else self.compressor.at(retained_ratio=ratio)
-        features = self._adapter.encode(batch, self.compressor.needs)
+        features = self._adapter.encode(batch, self.compressor.needs, lockstep)
         if warm_start:
             return self._warm_start(attachment, compressor, batch, features, scale)
         attachment.compressor = compressor
@@ -193,8 +197,8 @@ class TrainingModule(nn.Module):
 
     @torch.no_grad()
     def _teacher(self, attachment: Attachment, batch: Batch, features: Features) -> Tensor:
-        """[N, V] float32, of the LLM with all tokens."""
-        with attachment.paused():
+        """[N, V] float32, of the LLM with all tokens and without adapters."""
+        with attachment.paused(), without_lora(self._adapter.decoder):
             return self._logits(attachment, batch, features)
 
 

@@ -26,6 +26,7 @@ from omnisieve.training.engine import build_engine, gathered, learning_rates
 from omnisieve.training.errors import CheckpointError, TrainingError, writing
 from omnisieve.training.guards import Fault, Outcome, StepGuard
 from omnisieve.training.interruption import Interruption
+from omnisieve.training.lockstep import Lockstep
 from omnisieve.training.meter import Meter, progress, quality, ratios, tokens
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import draw_ratio, draw_seed
@@ -51,7 +52,7 @@ class Trainer:
         self._stopping = False
         self._validation_is_due = False
         self._guard = StepGuard(module.parameters(), ranks, limit=config.train.max_bad_steps)
-        self.engine: Any = build_engine(module, config.train)
+        self.engine: Any = build_engine(module, config)
         self._config = config
         self._train = config.train
         self._last_step = min(config.train.max_steps, config.train.stop_at or config.train.max_steps)
@@ -59,6 +60,7 @@ class Trainer:
         self.module = module
         self._streams = streams
         self._ranks = ranks
+        self._lockstep = Lockstep(ranks, config.train.zero_stage)
         self._directory = Path(config.output_dir)
         self._store = CheckpointStore(
             self._directory,
@@ -156,12 +158,14 @@ class Trainer:
         ratio = self._ratio()
         self.engine.train()
         measured = []
-        for micro_step, batch in enumerate(window):
+        for micro_step, (batch, media) in enumerate(zip(window, self._lockstep.media(window), strict=True)):
             if micro_step:
                 self.engine.step()  # between micro-batches it only counts
             self._bad_samples.note(batch.failures)
             seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
-            outputs = self.engine(batch.to(self.engine.device), scale=scale, ratio=ratio, seed=seed, warm_start=warm)
+            outputs = self.engine(
+                batch.to(self.engine.device), scale=scale, ratio=ratio, seed=seed, warm_start=warm, lockstep=media
+            )
             self.engine.backward(outputs["loss"], scale_wrt_gas=False)
             self._guard.watch(batch.ids, outputs["loss"])
             measured.append((outputs, batch))
@@ -214,7 +218,8 @@ class Trainer:
         meter = Meter(self._ranks)
         for batch, counts in self._streams.val:
             self._bad_samples.note(batch.failures)
-            outputs = self.engine(batch.to(self.engine.device))
+            (media,) = self._lockstep.media([batch])
+            outputs = self.engine(batch.to(self.engine.device), lockstep=media)
             meter.add(outputs, batch, weight=float(counts))
             self._watchdog.beat()
             (asked,) = self._ranks.sum([float(self._interruption.asked)])
