@@ -7,15 +7,15 @@ segment; they implement `rank` and never count. Others implement `plan`, and `ra
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omnisieve.compressors.fields import make_settings, nearest
 from omnisieve.compressors.needs import Need, Needs
 from omnisieve.compressors.needs import Span as Span
 from omnisieve.compressors.presets import Preset, all_presets
@@ -246,7 +246,7 @@ def compressor_type(name: str) -> type[Compressor]:
         CompressorError: there is none; names the nearest.
     """
     if name not in _REGISTRY:
-        raise CompressorError(f"no compressor is named {name!r}{_nearest(name, _REGISTRY)}")
+        raise CompressorError(f"no compressor is named {name!r}{nearest(name, _REGISTRY)}")
     return _REGISTRY[name]
 
 
@@ -262,7 +262,7 @@ def find_preset(name: str) -> Preset:
         CompressorError: there is none; names the nearest.
     """
     if name not in all_presets():
-        raise CompressorError(f"no preset is named {name!r}{_nearest(name, all_presets())}")
+        raise CompressorError(f"no preset is named {name!r}{nearest(name, all_presets())}")
     return all_presets()[name]
 
 
@@ -279,23 +279,15 @@ def build_compressor(
             replaces all of its ratios.
 
     Raises:
-        CompressorError: unknown name, preset or field (names the nearest), or a value that cannot be.
+        CompressorError: unknown name, preset or field (names the nearest), a value of another type, or one that
+            cannot be.
     """
     cls = compressor_type(name)
     if preset is not None:
         values = find_preset(preset).with_changes(values)
-    known = {f.name for f in fields(cls.settings_type)}
-    for key in values:
-        if key not in known:
-            raise CompressorError(f"{name} has no setting {key!r}{_nearest(key, known)}")
-    settings = cls.settings_type(**values)
+    settings = make_settings(cls.settings_type, values, name)
     if not cls.learned:
         return cls(settings)
     if hidden_size is None:
         raise CompressorError(f"{name} is learned: give hidden_size, the width of the LLM's embeddings")
     return cls(settings, hidden_size=hidden_size)  # type: ignore[call-arg]
-
-
-def _nearest(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"

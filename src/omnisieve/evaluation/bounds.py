@@ -7,7 +7,6 @@ not registered and cannot be attached by name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from omnisieve.compressors import Budget, Compressor, CompressorError, Settings
 from omnisieve.compressors.base import Needs
+from omnisieve.compressors.fields import make_settings
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.plan import Plan
 
@@ -63,13 +63,9 @@ def build_bound(name: str, **values: Any) -> Compressor:
     """The bound `name` with the fields `values`.
 
     Raises:
-        CompressorError: a field that it does not have.
+        CompressorError: see `make_settings`.
     """
-    bound = BOUNDS[name]
-    known = [f.name for f in fields(bound.settings_type)]
-    if unknown := [key for key in values if key not in known]:
-        raise CompressorError(f"{name} has no setting {unknown[0]!r}; known are {', '.join(known)}")
-    return bound(bound.settings_type(**values))
+    return BOUNDS[name](make_settings(BOUNDS[name].settings_type, values, name))
 
 
 def show_evidence(compressor: Compressor, evidence: Sequence[Evidence]) -> None:
