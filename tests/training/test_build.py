@@ -11,7 +11,7 @@ from omnisieve.artifact import save_compressor
 from omnisieve.compressors import CompressorError, build_compressor
 from omnisieve.config import ConfigError, RatioSection, WarmStartSection
 from omnisieve.data.manifest import ManifestError
-from omnisieve.training.build import build_trainer, check_sharding, make_compressor, make_teacher
+from omnisieve.training.build import build_trainer, make_compressor, make_teacher
 from tests.models import HIDDEN
 from tests.training.runs import OMNISIFT, Alone, make_config
 
@@ -144,17 +144,6 @@ def test_a_drawn_ratio_and_a_fixed_split_exclude_each_other(tmp_path: Path):
     config.train.ratio = RatioSection(min=0.2, max=0.4)
     with pytest.raises(ConfigError, match=r"audio_ratio and train\.ratio exclude"):
         make_compressor(config, HIDDEN)
-
-
-def test_ranks_that_could_wait_forever_are_refused(tmp_path: Path):
-    config = make_config(tmp_path, zero_stage=3)
-    with pytest.raises(ConfigError, match=r"zero_stage is 3 on 2 ranks .*cache_features\.py.* or choose"):
-        build_trainer(config, Alone(world_size=2))
-    check_sharding(config, Alone())
-    config.data.feature_cache = "cache"
-    check_sharding(config, Alone(world_size=2))
-    config.train.zero_stage, config.data.feature_cache = 2, None
-    check_sharding(config, Alone(world_size=2))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -6,7 +6,7 @@ decoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from omnisieve.backbones.deepstack import VISUAL, hand_over
+from omnisieve.backbones.dummy_media import convolutions_called_once, with_dummies
 from omnisieve.backbones.families import FAMILIES, VERSIONS, Family, supported_classes
 from omnisieve.backbones.saliency import install_saliency
 from omnisieve.backbones.token_maps import token_maps
@@ -93,16 +94,25 @@ class Adapter:
             raise BackboneError(f"the model's config is not complete: {error}") from error
 
     @torch.no_grad()
-    def encode(self, batch: Batch, needs: Sequence[Need] = ()) -> Features:
+    def encode(self, batch: Batch, needs: Sequence[Need] = (), lockstep: Set[Modality] = frozenset()) -> Features:
         """Run the frozen encoders.
 
         Args:
             batch: with pixels and mel spectrograms. Ready `features` are returned as they are.
             needs: encoder statistics to take in the same pass; they come back in `extra` under `feature_name`.
                 Deepstack features are there, too, where the model has them.
+            lockstep: media that any rank encodes in this forward, where ranks wait for each other at every module
+                (ZeRO-3). The encoders run for those that this batch lacks, too, and nothing of it comes back.
         """
         if batch.features is not None:
             return batch.features
+        missing = lockstep - batch.to_encode
+        config = self.thinker.config
+        with convolutions_called_once(self.audio_tower) if lockstep else nullcontext():
+            filled = with_dummies(batch, missing, config.vision_config, config.audio_config)
+            return self._encode(filled, needs).without(missing)
+
+    def _encode(self, batch: Batch, needs: Sequence[Need]) -> Features:
         extra: dict[str, Tensor] = {}
         video = image = audio = None
         if batch.pixel_values is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omnisieve.layout import TokenLayout, TokenMap
+from omnisieve.layout import Modality, TokenLayout, TokenMap
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ class Features:
             image=_concatenate([part.image for part in parts]),
             extra={name: values for name, values in extra.items() if values is not None},
         )
+
+    def without(self, modalities: Set[Modality]) -> Features:
+        """The same features but for those of `modalities`."""
+        gone = {modality.name.lower() for modality in modalities}
+        extra = {name: values for name, values in self.extra.items() if name.split("/")[0] not in gone}
+        return replace(self, extra=extra, **dict.fromkeys(gone))
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Features:
         return _map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
@@ -155,6 +161,16 @@ class Batch:
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    @property
+    def to_encode(self) -> frozenset[Modality]:
+        """Media that are here as pixels or mel spectrograms."""
+        inputs = {
+            Modality.IMAGE: self.pixel_values,
+            Modality.VIDEO: self.pixel_values_videos,
+            Modality.AUDIO: self.input_features,
+        }
+        return frozenset(modality for modality, values in inputs.items() if values is not None)
 
     def to(self, device: Any, *, non_blocking: bool = True) -> Batch:
         """The same batch on `device`; the layout's uploads will go there, too."""
