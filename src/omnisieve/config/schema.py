@@ -214,7 +214,20 @@ class TrainSection:
         "stacks of every rank in output_dir; 0: never",
     )
     log_every: int = option(10, "steps")
+    histogram_every: int = option(
+        100, "steps between histograms of the compressor's scores in the log; costs one wait for the device; 0: never"
+    )
     eval_every: int = option(100, "steps between validations, the best of which is kept; 0: never")
+    probe_clips: int = option(
+        3,
+        "the first clips of data.val: each validation logs how many of the tokens that stay are others than at the "
+        "last, and draws them; 0: none",
+    )
+    picture_limit: int = option(
+        20,
+        "newest validations whose pictures of probe clips stay in output_dir/images, about 0.3 MB each (TensorBoard "
+        "holds all); 0: nothing is drawn, which saves decoding the probe clips once",
+    )
     save_every: int = option(100, "steps between checkpoints; they hold trainables and optimiser only; 0: only the end")
     save_total_limit: int = option(2, "newest checkpoints that stay; the best compressor is kept apart, in best/")
     stop_at: int | None = option(None, "end with a checkpoint after this step, to be resumed later; null: at max_steps")
@@ -235,6 +248,7 @@ class TrainSection:
         _positive("train", self, "micro_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm")
         _positive("train", self, "max_steps", "max_bad_steps", "log_every", "save_total_limit")
         _not_negative("train", self, "weight_decay", "distill_weight", "eval_every", "save_every", "watchdog_seconds")
+        _not_negative("train", self, "histogram_every", "probe_clips", "picture_limit")
         _in_unit_interval("train", self, "warmup_ratio", "min_lr_ratio")
         if self.stop_at is not None:
             _positive("train", self, "stop_at")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,6 +17,7 @@ from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.data.batch import Batch, Features
 from omnisieve.data.tokens import IGNORED
 from omnisieve.layout import Modality
+from omnisieve.plan import Plan
 from omnisieve.training.warm_start import Listener, agreement, order_loss
 
 
@@ -25,6 +26,9 @@ class TrainingModule(nn.Module):
 
     The encoders run without gradients, or not at all when a batch brings their features. Only rows that predict an
     answer token reach the LLM's head.
+
+    Attributes:
+        after_encoders: called in every forward, when the encoders have run.
     """
 
     def __init__(
@@ -61,11 +65,19 @@ class TrainingModule(nn.Module):
         self._checkpointing = gradient_checkpointing
         self._listener = None if teacher is None else Listener(teacher)
         self._attachment: Attachment | None = None
+        self.after_encoders: Callable[[], None] | None = None
         if gradient_checkpointing:
             thinker = self._adapter.thinker
             # Its name in later versions of transformers, then that in earlier ones.
             enable = getattr(thinker, "activation_checkpointing_enable", None) or thinker.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+
+    @property
+    def last_plan(self) -> Plan:
+        """Of the latest forward inside `attached`; in a warm start it is the teacher's."""
+        if self._attachment is None or self._attachment.last_plan is None:
+            raise RuntimeError("there was no forward yet, or `module.attached()` has ended")
+        return self._attachment.last_plan
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -116,6 +128,8 @@ class TrainingModule(nn.Module):
             raise RuntimeError("TrainingModule.forward runs inside `with module.attached():`")
         compressor = self.compressor if ratio is None else self.compressor.at(retained_ratio=ratio)
         features = self._adapter.encode(batch, self.compressor.needs, lockstep)
+        if self.after_encoders is not None:
+            self.after_encoders()
         if warm_start:
             return self._warm_start(attachment, compressor, batch, features, scale)
         attachment.compressor = compressor
