@@ -13,29 +13,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omnisieve.artifact import load_compressor, save_compressor
+    from omnisieve.artifact import load_compressor, push_compressor, save_compressor
     from omnisieve.backbones import attach, load_backbone
-    from omnisieve.compressors import build_compressor, list_compressors, list_presets
+    from omnisieve.compressors import Compressor, build_compressor, list_compressors, list_presets
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compressor",
     "attach",
     "build_compressor",
     "list_compressors",
     "list_presets",
     "load_backbone",
     "load_compressor",
+    "push_compressor",
     "save_compressor",
 ]
 
 _HOMES = {
+    "Compressor": "omnisieve.compressors",
     "attach": "omnisieve.backbones",
     "build_compressor": "omnisieve.compressors",
     "list_compressors": "omnisieve.compressors",
     "list_presets": "omnisieve.compressors",
     "load_backbone": "omnisieve.backbones",
     "load_compressor": "omnisieve.artifact",
+    "push_compressor": "omnisieve.artifact",
     "save_compressor": "omnisieve.artifact",
 }
 

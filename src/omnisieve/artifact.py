@@ -1,4 +1,4 @@
-"""An exported compressor: a small folder that anybody can load.
+"""An exported compressor: a small folder that anybody can load, or a repository of the Hugging Face hub that holds it.
 
 `config.json` says which method with which settings, `compressor.safetensors` holds the parameters under
 the method's own names (no library's module tree is part of them), `README.md` is the model card. Nothing
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,19 +25,29 @@ from omnisieve import __version__
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
 from omnisieve.compressors.ratios import RATIOS
 from omnisieve.files import flush, sha256
+from omnisieve.hub import fetch, is_repo_name, upload
 
 FORMAT = "omnisieve-compressor"
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "compressor.safetensors"
 CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+KEPT_OF_A_RUN = ("best", "last")
+"""Folders of a training run that hold its exported compressors."""
 
 
 class ArtifactError(CompressorError):
     """A folder is not a compressor that this version can load; the message says which part and why."""
 
 
-def save_compressor(compressor: Compressor, directory: str | Path, *, card: Mapping[str, Any] | None = None) -> Path:
+def save_compressor(
+    compressor: Compressor,
+    directory: str | Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    license: str | None = None,
+) -> Path:
     """Write a compressor as a folder; all of it or nothing.
 
     The folder is written beside its final place, read back, compared bit by bit, flushed to the disk and
@@ -45,7 +56,9 @@ def save_compressor(compressor: Compressor, directory: str | Path, *, card: Mapp
     Args:
         compressor: of any registered method; training-free ones have no parameters and are exported too.
         directory: the folder to write.
-        card: provenance that belongs on the model card, JSON values only: backbone, data, steps, scores.
+        card: provenance that belongs on the model card, JSON values only: backbone, data, steps, scores. What the
+            compressor was loaded with if None.
+        license: identifier for the card, such as "apache-2.0".
 
     Returns:
         the folder.
@@ -58,8 +71,11 @@ def save_compressor(compressor: Compressor, directory: str | Path, *, card: Mapp
         raise ArtifactError(f"{target} exists and is no exported compressor; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    provenance = dict(compressor.provenance if card is None else card)
+    if license is not None:
+        provenance["license"] = license
     try:
-        _write(compressor, staging, dict(card or {}))
+        _write(compressor, staging, provenance)
         _compare(compressor, load_compressor(staging), staging)
         _publish(staging, target)
     finally:
@@ -67,26 +83,77 @@ def save_compressor(compressor: Compressor, directory: str | Path, *, card: Mapp
     return target
 
 
-def load_compressor(directory: str | Path, **settings: Any) -> Compressor:
+def push_compressor(
+    compressor: Compressor,
+    repo: str,
+    *,
+    card: Mapping[str, Any] | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload a token compressor",
+) -> str:
+    """Export a compressor to a repository of the Hugging Face hub, from where `load_compressor(repo)` loads it.
+
+    Args:
+        compressor: see `save_compressor`.
+        repo: OWNER/NAME; made if it does not exist.
+        card, license: see `save_compressor`.
+        private: whether a new repository is; the owner's default if None.
+        commit_message: of the commit.
+
+    Returns:
+        the URL of the commit.
+
+    Raises:
+        HubError: the hub cannot be reached, or refuses.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save_compressor(compressor, Path(scratch) / "compressor", card=card, license=license)
+        return upload(folder, repo, FILES, commit_message, private)
+
+
+def load_compressor(source: str | Path, *, revision: str | None = None, **settings: Any) -> Compressor:
     """Load an exported compressor, in evaluation mode.
 
     Args:
-        directory: a folder that `save_compressor` wrote.
+        source: a folder that `save_compressor` wrote, or OWNER/NAME of a repository on the Hugging Face hub; see
+            `locate`.
+        revision: branch, tag or commit of the repository; its main branch if None.
         **settings: replace exported settings; a new ratio replaces all exported ratios.
 
     Raises:
         ArtifactError: no such folder, another format, unknown method, damaged weights, or weights that are
             missing, left over or of another shape; names them.
+        HubError: see `locate`.
         CompressorError: a setting that the method does not have, or a value that cannot be.
     """
-    source = Path(directory)
-    config = read_config(source)
+    folder = locate(source, revision)
+    config = read_config(folder)
     chosen = dict(config["settings"])
     if any(name in settings for name in RATIOS):
         chosen |= dict.fromkeys(RATIOS)
     compressor = build_compressor(config["method"], hidden_size=config["hidden_size"], **(chosen | settings))
-    _load_weights(compressor, source / WEIGHTS_FILE, config["weights_sha256"])
+    _load_weights(compressor, folder / WEIGHTS_FILE, config["weights_sha256"])
+    compressor.provenance = config.get("provenance", {})
     return compressor.eval()
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of an exported compressor; of a repository on the hub its copy in the hub's local cache.
+
+    Args:
+        source: a folder, or OWNER/NAME on the hub. Where there is a folder OWNER here it is a path.
+        revision: see `load_compressor`.
+
+    Raises:
+        ArtifactError: a revision of a folder is asked for.
+        HubError: the hub has no such repository, or cannot be reached and the cache lacks it.
+    """
+    if isinstance(source, str) and is_repo_name(source):
+        return fetch(source, FILES, revision)
+    if revision is not None:
+        raise ArtifactError(f"{source} is a folder, and revision {revision!r} is of a repository on the hub")
+    return Path(source)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -97,7 +164,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
-        raise ArtifactError(f"{directory} is no exported compressor: it has no {CONFIG_FILE}")
+        raise ArtifactError(f"{directory} is no exported compressor: {_what_else(Path(directory))}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -117,6 +184,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     except CompressorError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return config
+
+
+def _what_else(directory: Path) -> str:
+    if not directory.is_dir():
+        return "there is no such folder; tools/export.py RUN OUT exports that of a training run"
+    for name in KEPT_OF_A_RUN:
+        if is_artifact(directory / name):
+            return f"it is the folder of a training run; give {directory / name}"
+    return f"it has no {CONFIG_FILE}"
 
 
 def is_artifact(directory: str | Path) -> bool:
@@ -154,7 +230,13 @@ def _load_weights(compressor: Compressor, path: Path, expected_hash: str) -> Non
         weights = load_file(path)
     except SafetensorError as error:
         raise ArtifactError(f"{path} is no safetensors file ({error})") from error
-    expected = compressor.state_dict()
+    if problems := misfits(weights, compressor.state_dict()):
+        raise ArtifactError(f"{path} does not fit {compressor.name} so set: {'; '.join(problems)}")
+    compressor.load_state_dict(weights, assign=True)
+
+
+def misfits(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What keeps weights from taking the place of the expected ones, by name; empty if nothing does."""
     problems = [f"missing: {name}" for name in expected if name not in weights]
     problems += [f"left over: {name}" for name in weights if name not in expected]
     problems += [
@@ -162,9 +244,7 @@ def _load_weights(compressor: Compressor, path: Path, expected_hash: str) -> Non
         for name in expected
         if name in weights and weights[name].shape != expected[name].shape
     ]
-    if problems:
-        raise ArtifactError(f"{path} does not fit {compressor.name} so set: {'; '.join(problems)}")
-    compressor.load_state_dict(weights, assign=True)
+    return problems
 
 
 def _compare(written: Compressor, read: Compressor, folder: Path) -> None:
@@ -201,9 +281,7 @@ def _is_replaceable(target: Path) -> bool:
 
 _CARD = """\
 ---
-library_name: omnisieve
-tags: [omnisieve, token-compression, {method}]
----
+{header}---
 # {method}, a token compressor
 
 Decides which video and audio tokens an omni-modal LLM sees. It holds {parameters:,} parameters and none of
@@ -212,7 +290,7 @@ the LLM's; it fits LLMs whose embeddings are {width} wide.
 ```python
 from omnisieve import attach, load_compressor
 
-compressor = load_compressor(FOLDER)  # or load_compressor(FOLDER, retained_ratio=0.35)
+compressor = load_compressor(SOURCE)  # this folder, or OWNER/NAME on the hub; retained_ratio=0.35 sets another ratio
 with attach(model, compressor.to(model.device)):
     model.generate(**inputs)
 ```
@@ -230,6 +308,7 @@ Written by omnisieve {version}.
 def _card(config: Mapping[str, Any]) -> str:
     provenance = config["provenance"]
     return _CARD.format(
+        header=yaml.safe_dump(_header(config["method"], provenance), sort_keys=False),
         method=config["method"],
         parameters=config["parameters"],
         width=config["hidden_size"] or "any number of values",
@@ -237,6 +316,17 @@ def _card(config: Mapping[str, Any]) -> str:
         provenance=_table(provenance) if provenance else "Not recorded.",
         version=config["library_version"],
     )
+
+
+def _header(method: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hub reads of a card. Its base model is a repository; a backbone in a folder has no name there."""
+    header: dict[str, Any] = {"library_name": "omnisieve", "tags": ["omnisieve", "token-compression", method]}
+    backbone = provenance.get("backbone")
+    if isinstance(backbone, str) and is_repo_name(backbone):
+        header["base_model"] = backbone
+    if "license" in provenance:
+        header["license"] = provenance["license"]
+    return header
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from omnisieve.compressors.fields import make_settings, nearest
 from omnisieve.compressors.needs import Need, Needs
 from omnisieve.compressors.needs import Span as Span
 from omnisieve.compressors.presets import Preset, all_presets
+from omnisieve.compressors.pretrained import Pretrained
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.ratios import (
     RATIOS,
@@ -35,7 +36,7 @@ from omnisieve.ops.budget import floor_product, largest_remainder
 from omnisieve.plan import Merge, Plan
 
 
-class Compressor(nn.Module):
+class Compressor(Pretrained, nn.Module):
     """Decides which video and audio tokens the LLM sees.
 
     Subclasses implement `rank` or `plan` and may override `segments_of`, `official_counts`, `least` and `needs`.
