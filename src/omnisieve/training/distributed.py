@@ -69,8 +69,7 @@ def connect() -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
         check_compiler()
-        # Every rank would otherwise start as many threads as there are cores.
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // _local_world_size(), 1))
+        divide_threads()
     else:
         if local_rank >= accelerator.device_count():
             raise TrainingError(
@@ -116,6 +115,11 @@ def leave(code: int = 0) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def divide_threads() -> None:
+    """Leave each process of this machine its share of the cores; each would otherwise start a thread for every one."""
+    torch.set_num_threads(max(len(os.sched_getaffinity(0)) // _local_world_size(), 1))
 
 
 def complete_environment() -> None:
