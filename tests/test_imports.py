@@ -21,6 +21,7 @@ MAY_USE: dict[str, set[str]] = {
     "layout": {"ops"},
     "plan": {"layout", "ops"},
     "compressors": BELOW_COMPRESSORS,
+    "method_help": {"compressors"},
     "config": set(),
     "files": set(),
     "data": {"layout", "files"},
@@ -28,9 +29,10 @@ MAY_USE: dict[str, set[str]] = {
     "artifact": BELOW_BACKBONES | {"files", "hub"},
     "published": BELOW_BACKBONES | {"artifact"},
     "backbones": BELOW_BACKBONES | {"config", "data"},
-    "training": BELOW_TRAINING,
-    "evaluation": BELOW_TRAINING,
-    "__init__": BELOW_TRAINING | {"training", "evaluation"},
+    "tuned_llm": BELOW_TRAINING,
+    "training": BELOW_TRAINING | {"tuned_llm"},
+    "evaluation": BELOW_TRAINING | {"tuned_llm"},
+    "__init__": BELOW_TRAINING | {"tuned_llm", "training", "evaluation"},
 }
 # Methods that users expect on a compressor are names for functions above: imported when called, here alone.
 WHEN_CALLED = {"compressors/pretrained.py": {"omnisieve.artifact"}}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def save_compressor(
     *,
     card: Mapping[str, Any] | None = None,
     license: str | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a compressor as a folder; all of it or nothing.
 
@@ -59,6 +60,7 @@ def save_compressor(
         card: provenance that belongs on the model card, JSON values only: backbone, data, steps, scores. What the
             compressor was loaded with if None.
         license: identifier for the card, such as "apache-2.0".
+        also: writes more into the folder before it gets its name.
 
     Returns:
         the folder.
@@ -77,6 +79,8 @@ def save_compressor(
     try:
         _write(compressor, staging, provenance)
         _compare(compressor, load_compressor(staging), staging)
+        if also is not None:
+            also(staging)
         _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -261,7 +265,7 @@ def _compare(written: Compressor, read: Compressor, folder: Path) -> None:
 
 def _publish(staging: Path, target: Path) -> None:
     """Flush `staging` and rename it to `target`, whose old version goes only when the new one stands."""
-    for path in (*staging.iterdir(), staging):
+    for path in (*staging.rglob("*"), staging):
         flush(path)
     if target.exists():
         # Two renames: a kill between them leaves the old version under the other name.

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from omnisieve.backbones.adapter import BackboneError
 from omnisieve.backbones.families import FAMILIES, family_of
 
 Precision = Literal["float32", "bfloat16"]
+
+
+@contextmanager
+def loading_in_shards(settings: dict[str, Any]) -> Iterator[None]:
+    """Models loaded inside are spread over the ranks while they are read, as DeepSpeed's ZeRO-3 wants them.
+
+    Args:
+        settings: DeepSpeed's configuration.
+    """
+    marker = HfDeepSpeedConfig(settings)  # transformers looks whether there is one
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del marker
 
 
 def load_backbone(
@@ -29,7 +47,8 @@ def load_backbone(
         device: where to; the CPU when None.
 
     Raises:
-        BackboneError: there is no such model, it is another one, or the package of its attention is missing.
+        BackboneError: there is no such model, it is another one or lacks weights, or the package of its attention is
+            missing.
     """
     if dtype not in ("float32", "bfloat16"):
         raise BackboneError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'")
@@ -48,12 +67,16 @@ def load_backbone(
         known = ", ".join(name for family in FAMILIES for name in family.model_types)
         raise BackboneError(f"{path} is a {model_type!r}; supported are {known}")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    model: Any
     try:
-        model: Any = family.thinker.from_pretrained(str(path), **options)
+        model, found_weights = family.thinker.from_pretrained(str(path), output_loading_info=True, **options)
     except ImportError as error:
         raise BackboneError(
             f"attn_implementation {attn_implementation!r} cannot be used: {error} Install it, or choose 'sdpa'"
         ) from error
+    if missing := sorted(found_weights["missing_keys"]):
+        # Only warned of by transformers, which makes them up.
+        raise BackboneError(f"{path} lacks {len(missing)} weights, {missing[0]} for one: download it again")
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)

@@ -29,28 +29,91 @@ def add_lora(adapter: Adapter, lora: LoraSection) -> LoraModel:
         lora: which modules, which rank.
 
     Returns:
-        peft's handle: `merge_and_unload` adds them to the weights, `unload` takes them away.
+        peft's handle, for `remove_lora`.
 
     Raises:
-        BackboneError: no module of the decoder has such a name, or it is not linear.
+        BackboneError: there are adapters already, or the layers have no linear modules of such names.
     """
-    if any(isinstance(module, LoraLayer) for module in adapter.decoder.modules()):
-        raise BackboneError("the LLM has low-rank adapters already: merge or unload them first")
+    if any(_lora_layers(adapter.decoder)):
+        raise BackboneError("the LLM has low-rank adapters already: merge or remove them first")
+    handle = LoraModel(adapter.decoder, lora_config(adapter, lora), _ADAPTER)
+    _in_float32(adapter.decoder)
+    return handle
+
+
+def lora_config(adapter: Adapter, lora: LoraSection) -> LoraConfig:
+    """What peft has to know.
+
+    Raises:
+        BackboneError: the layers have no linear modules of such names.
+    """
     linear = {name.rpartition(".")[2] for name, part in adapter.layers.named_modules() if isinstance(part, nn.Linear)}
     if missing := sorted(set(lora.targets) - linear):
         raise BackboneError(
             f"lora.targets: the layers of the LLM have no linear modules {', '.join(missing)}; they have "
             f"{', '.join(sorted(linear))}"
         )
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
     )
-    handle = LoraModel(adapter.decoder, config, _ADAPTER)
-    for name, parameter in adapter.decoder.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return handle
+
+
+def remove_lora(adapter: Adapter, handle: LoraModel, *, merge: bool) -> None:
+    """Take adapters away; with `merge` what they said is part of the weights from now on."""
+    if merge:
+        handle.merge_and_unload(safe_merge=True)
+    else:
+        handle.unload()
+    # Left by peft; a further set of adapters would be warned of.
+    del adapter.decoder.peft_config
+
+
+class LoraVariants:
+    """LLMs that differ from one that is loaded by adapters; at most one of them speaks at a time."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._handle: LoraModel | None = None
+
+    def add(self, lora: LoraSection, tensors: Mapping[str, Tensor]) -> str:
+        """Add trained adapters, silent for now.
+
+        Args:
+            lora: what they were made with.
+            tensors: under the names of `trainable`.
+
+        Returns:
+            the name to use them by.
+
+        Raises:
+            BackboneError: they do not fit this LLM.
+        """
+        config = lora_config(self._adapter, lora)
+        if self._handle is None:
+            name = _ADAPTER
+            self._handle = LoraModel(self._adapter.decoder, config, name)
+        else:
+            name = f"{_ADAPTER}{len(self._handle.peft_config)}"
+            self._handle.peft_config[name] = config
+            self._handle.inject_adapter(self._adapter.decoder, name)
+        _in_float32(self._adapter.decoder)
+        load_trained(trainable(self._adapter, name), tensors)
+        self._adapter.decoder.requires_grad_(False)
+        self._handle.disable_adapter_layers()
+        return name
+
+    @contextmanager
+    def speaking(self, name: str | None) -> Iterator[None]:
+        """Forwards inside are those of the LLM with these adapters; with none of them if None."""
+        if name is None or self._handle is None:
+            yield
+            return
+        self._handle.set_adapter(name, inference_mode=True)
+        self._handle.enable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._handle.disable_adapter_layers()
 
 
 def train_all(adapter: Adapter) -> None:
@@ -59,23 +122,31 @@ def train_all(adapter: Adapter) -> None:
     adapter.lm_head.requires_grad_(True)
 
 
-def trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
-    """What of the LLM learns, by names that all versions share; tied weights once."""
-    parts = nn.ModuleDict({"decoder": adapter.decoder, "lm_head": adapter.lm_head})
-    return {name: parameter for name, parameter in parts.named_parameters() if parameter.requires_grad}
-
-
-def load_trained(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Give what learns of the LLM its trained values.
+def trainable(adapter: Adapter, lora: str = _ADAPTER) -> dict[str, nn.Parameter]:
+    """What of the LLM learns, by names that all versions share; tied weights once.
 
     Args:
-        adapter: of a model made trainable in the same way.
-        tensors: under the names of `trainable`.
+        adapter: of the model.
+        lora: which adapters, where there are some.
+    """
+    parts = nn.ModuleDict({"decoder": adapter.decoder, "lm_head": adapter.lm_head})
+    learning = {name: parameter for name, parameter in parts.named_parameters() if parameter.requires_grad}
+    if any(_lora_layers(adapter.decoder)):
+        chosen = f".{lora}."
+        return {name.replace(chosen, "."): parameter for name, parameter in learning.items() if chosen in name}
+    return learning
+
+
+def load_trained(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Give what learns of an LLM its trained values.
+
+    Args:
+        parameters: of `trainable`, of a model made trainable in the same way.
+        tensors: under the same names.
 
     Raises:
         BackboneError: a tensor is missing, left over or of another shape; names them.
     """
-    parameters = trainable(adapter)
     problems = [f"missing: {name}" for name in parameters if name not in tensors]
     problems += [f"left over: {name}" for name in tensors if name not in parameters]
     problems += [
@@ -84,7 +155,8 @@ def load_trained(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         if name in tensors and tensors[name].shape != parameters[name].shape
     ]
     if problems:
-        raise BackboneError(f"the trained weights do not fit this LLM: {'; '.join(problems[:8])}")
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise BackboneError(f"the trained weights do not fit this LLM: {'; '.join(problems[:8])}{more}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -108,6 +180,14 @@ def without_lora(decoder: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.set_scale(_ADAPTER, 1.0)
+
+
+def _in_float32(decoder: nn.Module) -> None:
+    """Adapters learn in float32 also beside a bfloat16 LLM; nothing else of it learns."""
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _lora_layers(decoder: nn.Module) -> Iterator[Any]:

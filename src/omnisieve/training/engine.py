@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from omnisieve.backbones.loading import loading_in_shards
 from omnisieve.config import TrainConfig, TrainSection
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import warmup_cosine
@@ -68,20 +68,12 @@ def trains_in_bfloat16(config: TrainConfig) -> bool:
     return config.train.llm.mode == "full" and config.model.dtype == "bfloat16"
 
 
-@contextmanager
-def sharded_loading(config: TrainConfig) -> Iterator[None]:
-    """Under ZeRO-3, stock models loaded inside are spread over the ranks as they are read: none ever holds a whole."""
+def sharded_loading(config: TrainConfig) -> AbstractContextManager[None]:
+    """A context for loading the LLM of a run: under ZeRO-3 no rank ever holds it whole."""
     if config.train.zero_stage < 3:
-        yield
-        return
-    # transformers asks it while it loads; the precision is that of the LLM, whatever the trainables' is.
-    settings = deepspeed_config(config) | {"bf16": {"enabled": config.model.dtype == "bfloat16"}}
-    marker = HfDeepSpeedConfig(settings)
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del marker
+        return nullcontext()
+    # The precision is that of the LLM here, whatever the trainables' is.
+    return loading_in_shards(deepspeed_config(config) | {"bf16": {"enabled": config.model.dtype == "bfloat16"}})
 
 
 def parameter_groups(module: TrainingModule, train: TrainSection) -> list[dict[str, Any]]:
@@ -111,8 +103,18 @@ def learning_rates(engine: Any) -> dict[str, float]:
     return {group["owner"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
-def gathered(engine: Any, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """A context in which all ranks see whole parameters, whatever the ZeRO stage."""
-    if engine.zero_optimization_stage() < 3:
-        return nullcontext()
-    return deepspeed.zero.GatheredParameters(list(parameters))
+def collect(engine: Any, parameters: Mapping[str, nn.Parameter], *, keep: bool) -> dict[str, Tensor]:
+    """Copies of whole parameters on the host, whatever the ZeRO stage; one at a time, so that memory stays flat.
+
+    Args:
+        engine: DeepSpeed's; all ranks call this.
+        parameters: by name.
+        keep: whether this rank wants them; the others get none.
+    """
+    sharded = engine.zero_optimization_stage() == 3
+    copies = {}
+    for name, parameter in parameters.items():
+        with deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext():
+            if keep:
+                copies[name] = parameter.detach().to("cpu", copy=True)
+    return copies

@@ -58,7 +58,7 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.compressor = compressor
-        self._adapter: Adapter = adapter_for(backbone)
+        self.adapter: Adapter = adapter_for(backbone)
         self._estimator = estimator or Estimator("masked")
         self._gate_clip = gate_clip
         self._distill_weight = distill_weight
@@ -67,7 +67,7 @@ class TrainingModule(nn.Module):
         self._attachment: Attachment | None = None
         self.after_encoders: Callable[[], None] | None = None
         if gradient_checkpointing:
-            thinker = self._adapter.thinker
+            thinker = self.adapter.thinker
             # Its name in later versions of transformers, then that in earlier ones.
             enable = getattr(thinker, "activation_checkpointing_enable", None) or thinker.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -93,8 +93,8 @@ class TrainingModule(nn.Module):
         """Set the mode of the compressor; of the LLM only that of adapters, or where checkpointing asks for it."""
         super().train(mode)
         self.backbone.eval()
-        self._adapter.decoder.train(mode and self._checkpointing)
-        set_dropout(self._adapter.decoder, mode)
+        self.adapter.decoder.train(mode and self._checkpointing)
+        set_dropout(self.adapter.decoder, mode)
         return self
 
     def forward(
@@ -127,7 +127,7 @@ class TrainingModule(nn.Module):
         if attachment is None:
             raise RuntimeError("TrainingModule.forward runs inside `with module.attached():`")
         compressor = self.compressor if ratio is None else self.compressor.at(retained_ratio=ratio)
-        features = self._adapter.encode(batch, self.compressor.needs, lockstep)
+        features = self.adapter.encode(batch, self.compressor.needs, lockstep)
         if self.after_encoders is not None:
             self.after_encoders()
         if warm_start:
@@ -166,8 +166,8 @@ class TrainingModule(nn.Module):
             record: "order" over clips, "clips", "agreeing" and "chosen" (see `agreement`), "kept_video", "kept_audio".
         """
         teacher = self._attended(attachment, batch, features)
-        needs = self._adapter.needs(features, batch.layout, compressor.needs)
-        video, audio = compressor.rank(self._adapter.merge(batch.input_ids, features), batch.layout, needs)
+        needs = self.adapter.needs(features, batch.layout, compressor.needs)
+        video, audio = compressor.rank(self.adapter.merge(batch.input_ids, features), batch.layout, needs)
         # The similarity pruner has nothing to learn.
         parts = [part for part in (video, audio) if part.scores.requires_grad]
         loss = order_loss(parts, teacher).sum()
@@ -196,13 +196,13 @@ class TrainingModule(nn.Module):
         """[N, V] float32, one row per answer token."""
         attachment.expect(
             layout=batch.layout,
-            needs=self._adapter.needs(features, batch.layout, self.compressor.needs),
+            needs=self.adapter.needs(features, batch.layout, self.compressor.needs),
             labels=batch.labels,
             answer_tokens=sum(batch.answer_tokens),
         )
-        with self._adapter.deepstack(features, batch.layout):
+        with self.adapter.deepstack(features, batch.layout):
             output = self.backbone(
-                inputs_embeds=self._adapter.merge(batch.input_ids, features),
+                inputs_embeds=self.adapter.merge(batch.input_ids, features),
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 use_cache=False,
@@ -212,7 +212,7 @@ class TrainingModule(nn.Module):
     @torch.no_grad()
     def _teacher(self, attachment: Attachment, batch: Batch, features: Features) -> Tensor:
         """[N, V] float32, of the LLM with all tokens and without adapters."""
-        with attachment.paused(), without_lora(self._adapter.decoder):
+        with attachment.paused(), without_lora(self.adapter.decoder):
             return self._logits(attachment, batch, features)
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from omnisieve.artifact import save_compressor
 from omnisieve.config import TrainConfig, save_config
 from omnisieve.data.batch import Batch
 from omnisieve.training.bad_samples import BadSamples
 from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore, run_identity
 from omnisieve.training.distributed import Ranks
-from omnisieve.training.engine import build_engine, gathered, learning_rates
+from omnisieve.training.engine import build_engine, learning_rates
 from omnisieve.training.errors import CheckpointError, TrainingError, writing
+from omnisieve.training.exporting import export
 from omnisieve.training.guards import Fault, Outcome, StepGuard
 from omnisieve.training.interruption import Interruption
 from omnisieve.training.lockstep import Lockstep
@@ -277,19 +277,14 @@ class Trainer:
         self._export(LAST, {})
 
     def _export(self, name: str, scores: dict[str, float]) -> None:
-        compressor = self.module.compressor
-        with gathered(self.engine, compressor.parameters()):
-            if self._ranks.is_first:
-                card = {
-                    "backbone": self._config.model.path,
-                    "training data": self._config.data.train,
-                    "steps": self.step,
-                    "seed": self._train.seed,
-                    **{f"validation {key}": round(value, 4) for key, value in scores.items()},
-                }
-                with writing("the compressor", self._directory / name):
-                    save_compressor(compressor, self._directory / name, card=card)
-        self._ranks.barrier()
+        card = {
+            "backbone": self._config.model.path,
+            "training data": self._config.data.train,
+            "steps": self.step,
+            "seed": self._train.seed,
+            **{f"validation {key}": round(value, 4) for key, value in scores.items()},
+        }
+        export(self.engine, self.module, self._directory / name, self._config, card, self._ranks)
 
 
 class Clock:

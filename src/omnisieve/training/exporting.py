@@ -1,0 +1,63 @@
+"""What a run leaves for others: its compressor, and what it changed of the LLM, as an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from omnisieve.artifact import save_compressor
+from omnisieve.backbones.tuning import trainable
+from omnisieve.compressors import Compressor, build_compressor
+from omnisieve.config import TrainConfig
+from omnisieve.training.distributed import Ranks
+from omnisieve.training.engine import collect
+from omnisieve.training.errors import writing
+from omnisieve.training.objective import TrainingModule
+from omnisieve.tuned_llm import TunedLlm
+
+
+def export(
+    engine: Any, module: TrainingModule, folder: Path, config: TrainConfig, card: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Write a folder for `load_compressor`; what it replaces stays until it is whole. All ranks call this.
+
+    Args:
+        engine: DeepSpeed's.
+        module: what it trains.
+        folder: to write.
+        config: of the run.
+        card: provenance.
+        ranks: this process among its peers.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    first = ranks.is_first
+    weights = collect(engine, dict(module.compressor.named_parameters()), keep=first)
+    llm = collect(engine, trainable(module.adapter), keep=first)
+    if first:
+        also = tuned_llm(llm, config).save if llm else None
+        with writing("the compressor", folder):
+            save_compressor(whole(module.compressor, weights), folder, card=card, also=also)
+    ranks.barrier()
+
+
+def whole(compressor: Compressor, weights: Mapping[str, Tensor]) -> Compressor:
+    """A compressor on the host with these weights, in float32: what trains may be spread, or bfloat16."""
+    copy = build_compressor(
+        compressor.name, hidden_size=getattr(compressor, "hidden_size", None), **asdict(compressor.settings)
+    )
+    copy.load_state_dict({name: value.float() for name, value in weights.items()})
+    return copy
+
+
+def tuned_llm(tensors: Mapping[str, Tensor], config: TrainConfig) -> TunedLlm:
+    """What a run changed of the LLM."""
+    llm = config.train.llm
+    if llm.mode == "lora":
+        return TunedLlm("lora", config.model.path, tensors, llm.lora)
+    return TunedLlm("full", config.model.path, tensors)

@@ -1,0 +1,185 @@
+"""What training changed of an LLM, beside the compressor that was trained with it: the folder `llm` of an export.
+
+It holds safetensors and a JSON description: low-rank adapters, or, of an LLM that was tuned as a whole, decoder and
+head. Names of tensors do not depend on the module tree of a transformers version.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from omnisieve.artifact import ArtifactError, locate
+from omnisieve.backbones import adapter_for
+from omnisieve.backbones.tuning import LoraVariants, add_lora, load_trained, remove_lora, train_all, trainable
+from omnisieve.config import LoraSection
+from omnisieve.files import sha256
+
+FOLDER = "llm"
+CONFIG_FILE, WEIGHTS_FILE = "tuned_llm.json", "tuned_llm.safetensors"
+FILES = (f"{FOLDER}/{CONFIG_FILE}", f"{FOLDER}/{WEIGHTS_FILE}")
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TunedLlm:
+    """What training changed of an LLM.
+
+    Attributes:
+        mode: "lora": adapters; "full": all of decoder and head.
+        base: path or name of the LLM that it was made from.
+        tensors: under the names of `backbones.tuning.trainable`, on the host.
+        lora: what the adapters were made with; None in mode "full".
+    """
+
+    mode: Literal["lora", "full"]
+    base: str
+    tensors: Mapping[str, Tensor]
+    lora: LoraSection | None = None
+
+    def save(self, export: Path) -> None:
+        """Write the folder `llm` into an export, and read it back.
+
+        Raises:
+            ArtifactError: what was read back differs.
+        """
+        folder = export / FOLDER
+        folder.mkdir()
+        save_file({name: value.contiguous() for name, value in self.tensors.items()}, folder / WEIGHTS_FILE)
+        (folder / WEIGHTS_FILE).chmod(0o644)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "mode": self.mode,
+            "base": self.base,
+            "lora": None if self.lora is None else asdict(self.lora),
+            "weights_sha256": sha256(folder / WEIGHTS_FILE),
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        read = load_file(folder / WEIGHTS_FILE)
+        different = [name for name, value in self.tensors.items() if not _same(value, read.get(name))]
+        if different or read.keys() != self.tensors.keys():
+            raise ArtifactError(f"{folder}: what was written reads back differently: {different or 'names'}")
+
+
+def has_tuned_llm(export: str | Path) -> bool:
+    """Whether an exported compressor was trained together with its LLM."""
+    return (Path(export) / FOLDER / CONFIG_FILE).is_file()
+
+
+def read_tuned_llm(export: str | Path) -> TunedLlm:
+    """Read what an export says of its LLM.
+
+    Args:
+        export: its folder, or OWNER/NAME on the hub.
+
+    Raises:
+        ArtifactError: there is nothing of the kind, or it is damaged.
+    """
+    folder = locate(export) / FOLDER
+    if not (folder / CONFIG_FILE).is_file():
+        raise ArtifactError(f"{export} holds no tuned LLM: its compressor was trained on a frozen one")
+    config = _read_config(folder / CONFIG_FILE)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file() or sha256(path) != config["weights_sha256"]:
+        raise ArtifactError(f"{path} is missing or not the file that {CONFIG_FILE} was written with; copy it again")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is no safetensors file ({error})") from error
+    lora = None if config["lora"] is None else LoraSection(**config["lora"])
+    return TunedLlm(config["mode"], config["base"], tensors, lora)
+
+
+def tune_llm(model: nn.Module, export: str | Path) -> None:
+    """Turn a stock model into the one that an exported compressor was trained with, for good; adapters are merged.
+
+    Args:
+        model: the LLM that the training started from; see `backbones.adapter_for`.
+        export: see `read_tuned_llm`.
+
+    Raises:
+        ArtifactError: see `read_tuned_llm`. BackboneError: the weights do not fit the model.
+    """
+    tuned, adapter = read_tuned_llm(export), adapter_for(model)
+    if tuned.lora is None:
+        train_all(adapter)
+        load_trained(trainable(adapter), tuned.tensors)
+    else:
+        handle = add_lora(adapter, tuned.lora)
+        load_trained(trainable(adapter), tuned.tensors)
+        remove_lora(adapter, handle, merge=True)
+    model.requires_grad_(False)
+
+
+@contextmanager
+def tuned_llm(model: nn.Module, export: str | Path) -> Iterator[None]:
+    """Inside, a stock model has the adapters that an exported compressor was trained with; outside, it has not.
+
+    Args:
+        model: see `tune_llm`.
+        export: see `read_tuned_llm`.
+
+    Raises:
+        ArtifactError: see `read_tuned_llm`; or the LLM was tuned as a whole. BackboneError: see `tune_llm`.
+    """
+    adapter = adapter_for(model)
+    handle = add_lora(adapter, lora_of(export, tuned := read_tuned_llm(export)))
+    try:
+        load_trained(trainable(adapter), tuned.tensors)
+        adapter.decoder.requires_grad_(False)
+        yield
+    finally:
+        remove_lora(adapter, handle, merge=False)
+
+
+def add_variant(variants: LoraVariants, export: str | Path) -> str:
+    """Add the adapters of an export to those of a model; returns their name there.
+
+    Raises:
+        see `tuned_llm`.
+    """
+    tuned = read_tuned_llm(export)
+    return variants.add(lora_of(export, tuned), tuned.tensors)
+
+
+def lora_of(export: str | Path, tuned: TunedLlm) -> LoraSection:
+    """What the adapters of an export were made with.
+
+    Raises:
+        ArtifactError: the LLM was tuned as a whole, which a model cannot put on and off.
+    """
+    if tuned.lora is None:
+        raise ArtifactError(
+            f"{export} holds an LLM that was tuned as a whole: write it as a model of its own with tools/export.py "
+            "RUN OUT --merge, and give that as model.path"
+        )
+    return tuned.lora
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); export again") from error
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(f"{path} does not describe a tuned LLM in format version {FORMAT_VERSION}")
+    return config
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    # Compared as bytes, so that a NaN equals itself.
+    return (
+        other is not None
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+    )
