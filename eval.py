@@ -4,7 +4,8 @@
 
 `methods` takes names of methods, folders of exported compressors, and names of settings in the recipe; Python files
 in `plugins` register methods of your own. Writes `report.json`, `report.md`, `predictions.jsonl` and the resolved
-`eval.yaml` to OUT, and prints the table. `--help` lists every key.
+`eval.yaml` to OUT, and prints the table. `--help` lists every key and method, `--help METHOD` the
+fields of one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import sys
 from pathlib import Path
 
 from omnisieve.config import ConfigError, EvalConfig, load_config, save_config
+from omnisieve.method_help import describe_methods
 
 
 def main() -> int:
     """Evaluate, write, print; returns the exit status."""
     try:
-        config = load_config(EvalConfig, sys.argv[1:])
+        config = load_config(EvalConfig, sys.argv[1:], description=__doc__, method_help=describe_methods)
     except ConfigError as error:
         return fail(error)
     # Imported only now, so that help and mistakes in the configuration show at once.

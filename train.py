@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 2 train.py --config recipes/quickstart.yaml
     python train.py --config recipes/quickstart.yaml
 
-The last is a single process. Without GPUs the processes run on the CPU. `--help` lists every key.
+The last is a single process. Without GPUs the processes run on the CPU. `--help` lists every key and method,
+`--help METHOD` the fields of one.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import sys
 import traceback
 
 from omnisieve.config import ConfigError, TrainConfig, load_config
+from omnisieve.method_help import describe_methods
 
 
 def main() -> int:
     """Build, train, close; returns the exit status."""
     try:
-        config = load_config(TrainConfig, sys.argv[1:])
+        config = load_config(TrainConfig, sys.argv[1:], description=__doc__, method_help=describe_methods)
     except ConfigError as error:
         return fail(error)
     # Imported only now, so that help and mistakes in the configuration show at once.

@@ -235,6 +235,40 @@ def test_help_describes_every_key(schema: type, capsys: pytest.CaptureFixture[st
     assert "data.feature_cache: str or null, default null" in printed
 
 
+def test_help_may_name_a_method(capsys: pytest.CaptureFixture[str]):
+    def method_help(name: str | None) -> str:
+        if name == "nothing":
+            raise ValueError("there is no nothing")
+        return f"about {name or 'all'}"
+
+    asked = [(["-h"], 0, "about all"), (["a=1", "--help", "x"], 0, "about x"), (["-h", "nothing"], 2, "")]
+    for words, code, told in asked:
+        with pytest.raises(SystemExit) as stop:
+            load_config(TrainConfig, words, description="It trains.", method_help=method_help)
+        printed = capsys.readouterr()
+        assert stop.value.code == code
+        assert printed.out.strip().endswith(told)
+        assert ("It trains." in printed.out) == (words == ["-h"])
+    assert printed.err.strip().endswith("error: there is no nothing")
+
+
+def test_a_recipe_of_the_other_program_is_named(recipe: Path, tmp_path: Path):
+    other = write(tmp_path / "eval.yaml", "model: {path: m}\nmanifest: a.jsonl\noutput_dir: o\nmethods: [full]\n")
+    with pytest.raises(ConfigError, match=r"eval\.yaml looks like a recipe of eval\.py, it has manifest, methods: use"):
+        read_config(TrainConfig, other)
+    with pytest.raises(ConfigError, match=r"recipe of train\.py, it has compressor, train: use train"):
+        read_config(EvalConfig, recipe)
+    write(recipe, f"{MINIMAL}manifest: a.jsonl\n")
+    with pytest.raises(ConfigError, match="unknown key 'manifest'"):
+        read_config(TrainConfig, recipe)
+
+
+def test_a_text_where_a_list_is_meant_shows_the_list(tmp_path: Path):
+    path = write(tmp_path / "eval.yaml", "model: {path: m}\nmanifest: a.jsonl\noutput_dir: o\nmethods: [full]\n")
+    with pytest.raises(ConfigError, match=r"expected list of str, such as methods='\[full,random\]'$"):
+        read_config(EvalConfig, path, ["methods=full,random"])
+
+
 def test_an_unknown_flag_is_refused(recipe: Path):
     with pytest.raises(SystemExit) as stop:
         load_config(TrainConfig, ["--config", str(recipe), "--train.lr=1"])

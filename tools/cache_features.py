@@ -32,6 +32,7 @@ from omnisieve.data.manifest import Conversation, Manifest, MediaPart
 from omnisieve.data.media import MediaError
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.evaluation.methods import resolve_methods
+from omnisieve.method_help import describe_methods
 from omnisieve.training.build import make_compressor
 
 
@@ -95,7 +96,8 @@ def load_recipe(argv: list[str]) -> TrainConfig | EvalConfig:
     parser.add_argument("--config")
     path = parser.parse_known_args(argv)[0].config
     evaluation = path is not None and "methods" in read_yaml(path)
-    return load_config(EvalConfig, argv) if evaluation else load_config(TrainConfig, argv)
+    schema = EvalConfig if evaluation else TrainConfig
+    return load_config(schema, argv, description=__doc__, method_help=describe_methods)
 
 
 def media_of(config: TrainConfig | EvalConfig) -> list[MediaPart]:

@@ -6,6 +6,7 @@ Runs before any dependency is there. DeepSpeed compiles a small operator when th
 compiler or headers they would all die minutes later, with a message that names neither.
 """
 
+import argparse
 import importlib.util
 import shutil
 import sys
@@ -29,5 +30,6 @@ def missing_tools() -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if lines := missing_tools():
         sys.exit("Something is missing on this machine:\n" + "\n".join(f"  - {line}" for line in lines))

@@ -19,6 +19,7 @@ from omnisieve.evaluation.evaluate import USER_ERRORS, open_benchmark, run
 from omnisieve.evaluation.methods import BY_RATIO, Method, resolve_methods
 from omnisieve.evaluation.metrics import accuracy
 from omnisieve.layout import Modality
+from omnisieve.method_help import describe_methods
 
 PROPORTIONS = {0.35: 65 / 30, 0.25: 55 / 20, 0.15: 45 / 10, 0.10: 35 / 6}
 """Kept share of audio / kept share of video, by total ratio, as SEATS sets them (table 7); others take the nearest."""
@@ -26,7 +27,7 @@ PROPORTIONS = {0.35: 65 / 30, 0.25: 55 / 20, 0.15: 45 / 10, 0.10: 35 / 6}
 
 def main(argv: list[str]) -> int:
     """Evaluate both splits and print."""
-    config = load_config(EvalConfig, argv)
+    config = load_config(EvalConfig, argv, description=__doc__, method_help=describe_methods)
     model, benchmark = open_benchmark(config)
     tokens = benchmark[0].questions[0].tokens
     counts = [int((tokens.modality == m).sum()) for m in (Modality.VIDEO, Modality.AUDIO)]

@@ -26,13 +26,13 @@ def test_a_text_goes_over_lines_and_belongs_to_each_name_before_it() -> None:
 @pytest.mark.parametrize(
     ("method", "field", "value", "expected"),
     [
-        ("random", "retained_ratio", "0.25", "'0.25', of type str; expected float | None"),
+        ("random", "retained_ratio", "0.25", "'0.25', of type str; expected float or null"),
         ("random", "seed", 1.5, "expected int"),
         ("random", "seed", True, "of type bool; expected int"),
-        ("random", "rounding", 3, "expected Literal"),
+        ("random", "rounding", 3, "expected one of exact, official"),
         ("windivprune", "attention_weighted", 1, "expected bool"),
-        ("omnisift", "base_settings", "audio_novelty=1", "expected dict"),
-        ("seats", "transition_layers", ["a", "b", "c", "d"], "expected tuple"),
+        ("omnisift", "base_settings", "audio_novelty=1", "expected mapping or null"),
+        ("seats", "transition_layers", ["a", "b", "c", "d"], "expected list of 4 int or null"),
     ],
 )
 def test_a_value_of_another_type_is_refused(method: str, field: str, value: Any, expected: str) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omnisieve.compressors.ratios import CompressorError, Settings
@@ -33,6 +33,11 @@ class Field:
     default: Any
     help: str
 
+    @property
+    def kind(self) -> str:
+        """The type as a recipe's reader says it: "float or null", "one of exact, official"."""
+        return _kind(self.hint)
+
 
 def fields_of(settings: type[Settings]) -> tuple[Field, ...]:
     """The fields of a class of settings; those of every method come first."""
@@ -46,14 +51,13 @@ def make_settings(settings: type[S], values: Mapping[str, Any], name: str) -> S:
     Raises:
         CompressorError: an unknown field (names the nearest), a value of another type, or one that cannot be.
     """
-    hints = {field.name: field.hint for field in fields_of(settings)}
+    known = {field.name: field for field in fields_of(settings)}
     for key, value in values.items():
-        if key not in hints:
-            raise CompressorError(f"{name} has no setting {key!r}{nearest(key, hints)}")
-        if not _fits(value, hints[key]):
+        if key not in known:
+            raise CompressorError(f"{name} has no setting {key!r}{nearest(key, known)}")
+        if not _fits(value, known[key].hint):
             raise CompressorError(
-                f"{name}: {key} is {value!r}, of type {type(value).__name__}; expected "
-                f"{inspect.formatannotation(hints[key])}"
+                f"{name}: {key} is {value!r}, of type {type(value).__name__}; expected {known[key].kind}"
             )
     return settings(**values)
 
@@ -72,6 +76,19 @@ def _texts(settings: type) -> dict[str, str]:
         for names, text in _ENTRY.findall(inspect.cleandoc(cls.__doc__ or "")):
             texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return texts
+
+
+def _kind(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is NoneType:
+        return "null"
+    if origin in (Union, UnionType):
+        return " or ".join(map(_kind, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin is tuple:
+        return f"list of {len(arguments)} {_kind(arguments[0])}"
+    return "mapping" if origin is dict else hint.__name__
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from omnisieve.config.schema import ConfigError
+from omnisieve.config.schema import ConfigError, EvalConfig, TrainConfig
 
 Config = TypeVar("Config")
+_PROGRAMS = {TrainConfig: "train.py", EvalConfig: "eval.py"}
 
 
-def load_config(schema: type[Config], argv: Sequence[str]) -> Config:
+def load_config(
+    schema: type[Config],
+    argv: Sequence[str],
+    *,
+    description: str | None = None,
+    method_help: Callable[[str | None], str] = lambda _: "",
+) -> Config:
     """Build a run's configuration from its command line.
 
     Args:
         schema: `TrainConfig` or `EvalConfig`.
         argv: arguments without the program's name: `--config FILE`, `a.b=c` overrides, `--print-config`, `--help`.
             `--local_rank N`, which the DeepSpeed launcher adds, is accepted and not used.
+        description: begins the help; what the schema says of itself when None.
+        method_help: text on the method that `--help` names, or for None on all; ValueError for a method that there is
+            not. Called for help only.
 
     Raises:
         ConfigError: the file or an override is wrong.
         SystemExit: after `--help` and `--print-config`, and for unknown flags.
     """
+    about = (description or schema.__doc__ or "").strip()
     parser = argparse.ArgumentParser(
-        description=f"{(schema.__doc__ or '').strip()} Keys, with their types and defaults:\n\n" + describe(schema),
+        description=f"{about}\n\nKeys, with their types and defaults:\n\n{describe(schema)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
+    )
+    about_help = "show this text, or the fields of one method, and stop"
+    parser.add_argument(
+        "-h", "--help", nargs="?", metavar="METHOD", action=_Help, method_help=method_help, help=about_help
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as those in recipes/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
@@ -49,13 +65,33 @@ def load_config(schema: type[Config], argv: Sequence[str]) -> Config:
     return config
 
 
+class _Help(argparse.Action):
+    """`--help`, which may name a method."""
+
+    def __init__(self, *args: Any, method_help: Callable[[str | None], str], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._method_help = method_help
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        try:
+            text = self._method_help(values)
+        except ValueError as error:
+            parser.error(str(error))
+        print(text if values else f"{parser.format_help()}\n{text}".rstrip())
+        parser.exit()
+
+
 def read_config(schema: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and `a.b=c` overrides into `schema`.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong or missing.
     """
-    merged = _merge(OmegaConf.structured(schema), read_yaml(path), str(path))
+    values = read_yaml(path)
+    _check_program(schema, values, path)
+    merged = _merge(OmegaConf.structured(schema), values, str(path))
     merged = _merge(merged, _parse_overrides(overrides), "command line")
     if missing := sorted(map(str, OmegaConf.missing_keys(merged))):
         raise ConfigError(f"{path}: {', '.join(missing)} must be given, in the file or as {missing[0]}=VALUE")
@@ -152,7 +188,21 @@ def _merge(base: DictConfig, values: Mapping[str, Any], where: str) -> DictConfi
     except OmegaConfBaseException as error:
         key = str(error.full_key).partition("[")[0]
         value = OmegaConf.select(OmegaConf.create(dict(values)), key)
-        raise ConfigError(f"{where}: {key} is {value!r}; expected {_type_name(_hint_of(schema, key))}") from error
+        hint = _hint_of(schema, key)
+        form = f", such as {key}='[{value}]'" if get_origin(hint) is list and isinstance(value, str) else ""
+        raise ConfigError(f"{where}: {key} is {value!r}; expected {_type_name(hint)}{form}") from error
+
+
+def _check_program(schema: type, values: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a recipe of the other program, which would be one unknown key after the other."""
+    own = {field.name for field in fields(schema)}
+    for other, program in _PROGRAMS.items():
+        foreign = [field.name for field in fields(other) if field.name in values and field.name not in own]
+        if foreign and not own - {field.name for field in fields(other)} & set(values):
+            raise ConfigError(
+                f"{path} looks like a recipe of {program}, it has {', '.join(foreign[:3])}: use {program}, or choose "
+                "another recipe"
+            )
 
 
 def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:
