@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         print(f"{folder} holds all {len(parts)} files already")
         return 0
     files: ReadAhead[tuple[MediaPart, LoadedMedium | MediaError]] = ReadAhead(
-        MediaFiles(parts, loader), batch_size=None, num_workers=config.data.workers
+        MediaFiles(parts, loader), num_workers=config.data.workers
     )
     failed: list[MediaError] = []
     dtype = getattr(torch, config.model.dtype)

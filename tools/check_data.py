@@ -207,7 +207,7 @@ class Samples(Dataset[Row]):
 
 def ahead(rows: Dataset[Row], workers: int) -> Iterable[Row]:
     """Rows in order, from worker processes."""
-    return ReadAhead(rows, batch_size=None, num_workers=workers)
+    return ReadAhead(rows, num_workers=workers)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -85,6 +85,13 @@ class DataSection(MediaSection):
 
     train: str = option(MISSING, "JSONL manifest; media paths in it are relative to its folder")
     val: str | None = option(None, "JSONL manifest for validation; null: no validation, the last step is the result")
+    recycle_after: int = option(
+        1000, "samples after which a decoding process is replaced, without a pause; 0: never. Its memory stays bounded"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _not_negative("data", self, "recycle_after")
 
 
 @dataclass

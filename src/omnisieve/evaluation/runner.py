@@ -129,7 +129,7 @@ class Evaluation:
     def _batches(self) -> Iterator[list[Clip]]:
         """Clips in groups."""
         dataset = cast(Dataset[Clip], self.benchmark)
-        clips: Iterator[Clip] = iter(ReadAhead(dataset, batch_size=None, num_workers=self.workers))
+        clips: Iterator[Clip] = iter(ReadAhead(dataset, num_workers=self.workers))
         return self._as_media(iter(lambda: list(islice(clips, self.clips_per_batch)), []))
 
     def _prompts(self, clips: Sequence[Clip], needs: Sequence[Need]) -> Iterator[Prompt]:

@@ -35,6 +35,7 @@ LAST, BEST = "last", "best"
 _FREE = {
     "model.attn_implementation",
     "data.workers",
+    "data.recycle_after",
     "data.decode_seconds",
     "data.feature_cache",
     "data.feature_cache_dtype",  # of writing; what is read says how it was rounded, see `Trainer`

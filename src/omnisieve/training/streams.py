@@ -58,8 +58,8 @@ def open_streams(data: DataSection, train: TrainSection, media: MediaLoader, ran
         held_out = OmniDataset(Manifest(data.val), media, on_error="replace")
         shards = val_shards(len(held_out), train.micro_batch_size, **place)
         counts = [counted for _, counted in shards]
-        val = _Counted(_loader(held_out, [indices for indices, _ in shards], data, ranks), counts)
-    return Streams(_loader(dataset, sampler, data, ranks), sampler, val)
+        val = _Counted(_loader(held_out, [indices for indices, _ in shards], data, train, ranks), counts)
+    return Streams(_loader(dataset, sampler, data, train, ranks), sampler, val)
 
 
 def val_shards(size: int, batch_size: int, *, rank: int, world_size: int) -> list[tuple[list[int], bool]]:
@@ -87,12 +87,15 @@ class _Counted:
         return zip(self.batches, self.counts, strict=True)
 
 
-def _loader(dataset: OmniDataset, batches: Iterable[list[int]], data: DataSection, ranks: Ranks) -> Iterable[Batch]:
+def _loader(
+    dataset: OmniDataset, batches: Iterable[list[int]], data: DataSection, train: TrainSection, ranks: Ranks
+) -> Iterable[Batch]:
     preprocessor = dataset.loader.preprocessor
     return ReadAhead(
         dataset,
-        batch_sampler=batches,
+        batches,
         num_workers=data.workers,
+        recycle_after=-(-data.recycle_after // train.micro_batch_size),
         collate_fn=partial(
             collate,
             pad_token_id=preprocessor.tokenizer.pad_token_id,
