@@ -6,7 +6,10 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +80,61 @@ def test_a_save_that_dies_leaves_the_last_checkpoint(tmp_path: Path):
     assert store.find("auto") == first
     assert steps(tmp_path) == ["checkpoint-1"]
     assert store.save(Engine(), 2, {}) == store.find("auto")
+
+
+def killed_while_saving(folder: Path, step: int, access: int) -> bool:
+    """Whether SIGKILL came before the save had ended: at the access of this number to a file of the run."""
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal access
+        if any(str(argument).startswith(str(folder)) for argument in arguments):
+            access -= 1
+            if access < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        sys.addaudithook(watch)
+        make_store(folder, limit=1).save(Engine(), step, {"save": "second"})
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("before", "step"),
+    [
+        ((1,), 2),
+        ((1,), 1),
+        pytest.param((1, 2), 1, marks=pytest.mark.slow),
+        pytest.param((2, 1), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_at_any_point_of_a_save_leaves_a_complete_latest(
+    tmp_path: Path, before: Sequence[int], step: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Of another step, and of one that is there already, as after a checkpoint was resumed that is not the newest."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and for power failures only
+    for number in before:
+        make_store(tmp_path / "before").save(Engine(), number, {"save": "first"})
+    access, found = 0, set()
+    while True:
+        folder = tmp_path / f"access-{access}"
+        shutil.copytree(tmp_path / "before", folder)
+        killed = killed_while_saving(folder, step, access)
+        store, engine = make_store(folder, limit=1), Engine()
+        latest = store.find("auto")
+        assert latest is not None
+        state = store.load(engine, latest)
+        found.add((state["step"], state["save"]))
+        for path in folder.glob("checkpoints/checkpoint-*"):
+            verify(path)
+        store.save(engine, 3, {})
+        assert {path.name for path in store.folder.iterdir()} == {"checkpoint-3", "latest"}
+        if not killed:
+            break
+        access += 1
+    assert found == {(before[-1], "first"), (step, "second")}
+    assert access > 20
 
 
 @pytest.mark.parametrize(

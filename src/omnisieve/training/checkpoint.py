@@ -1,8 +1,10 @@
 """Checkpoints to resume from: trainables, optimiser, schedule and random states, never the frozen LLM.
 
 A checkpoint is a folder `checkpoint-STEP`. It is written under another name, flushed and renamed, so it is complete
-or it is not there; `latest` is written after that. Its manifest holds the hash of every file, and nothing is
-unpickled before they match. Even so, resume only from places you trust: a hash does not make a pickle safe.
+or it is not there; `latest` is written after that. Whatever moment a run is killed at, `latest` names a complete one,
+under its name or, while it is replaced by another of the same step, as `.replaced-checkpoint-STEP`. Its manifest holds
+the hash of every file, and nothing is unpickled before they match. Even so, resume only from places you trust: a hash
+does not make a pickle safe.
 """
 
 from __future__ import annotations
@@ -145,7 +147,11 @@ class CheckpointStore:
                 raise CheckpointError(f"train.resume: {path} is no checkpoint; name a folder checkpoint-STEP")
             return path
         latest = self.folder / LATEST_FILE
-        return self.folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+        if not latest.is_file():
+            return None
+        path = self.folder / latest.read_text(encoding="utf-8").strip()
+        replaced = self.folder / f".replaced-{path.name}"
+        return replaced if replaced.is_dir() and not path.exists() else path
 
     def load(self, engine: Any, path: Path) -> dict[str, Any]:
         """Bring the engine and this rank's random generators to where they were.
@@ -174,18 +180,29 @@ class CheckpointStore:
         (staging / MANIFEST_FILE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for path in (*staging.rglob("*"), staging):
             flush(path)
-        # The same step is written again when an older checkpoint was resumed.
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            # The same step is written again when an older checkpoint was resumed, or only a validation was left to do.
+            replaced = self.folder / f".replaced-{target.name}"
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         staging.rename(target)
+        flush(self.folder)
         latest = self.folder / f".{LATEST_FILE}"
         latest.write_text(f"{target.name}\n", encoding="utf-8")
         flush(latest)
         latest.rename(self.folder / LATEST_FILE)
         flush(self.folder)
+        for replaced in self.folder.glob(".replaced-*"):
+            shutil.rmtree(replaced)
+        self._rotate(target)
+
+    def _rotate(self, newest: Path) -> None:
+        """Remove the oldest ones beyond the limit."""
         steps = sorted((int(p.name.rpartition("-")[2]), p) for p in self.folder.glob("checkpoint-*"))
-        older = [path for step, path in steps if path != target]
+        older = [path for step, path in steps if path != newest]
         for path in older[: max(len(older) + 1 - self._limit, 0)]:
-            shutil.rmtree(path)
+            # Under its own name a checkpoint is never there in part.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
 
 
 def verify(path: Path) -> None:
