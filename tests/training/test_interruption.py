@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +53,9 @@ def test_the_first_signal_asks(number: signal.Signals, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_second_signal_ends_at_once(number: signal.Signals):
+def test_the_second_signal_ends_at_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interruption, "_ECHO_SECONDS", 0.0)
+
     def job() -> None:
         with Interruption():
             send(number, number)
@@ -59,10 +64,11 @@ def test_the_second_signal_ends_at_once(number: signal.Signals):
     assert status_of(job) == 128 + number
 
 
-def test_what_a_launcher_sends_after_ctrl_c_is_no_second_signal():
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_what_a_launcher_sends_after_all_processes_were_signalled_is_no_second_signal(first: signal.Signals):
     def job() -> None:
         with Interruption():
-            send(signal.SIGINT, signal.SIGTERM)
+            send(first, signal.SIGTERM, first)
 
     assert status_of(job) == ENDED_BY_ITSELF
 
@@ -93,3 +99,52 @@ def test_nothing_ends_a_process_that_has_honoured_the_request():
         send(signal.SIGTERM, signal.SIGINT)
 
     assert status_of(job) == ENDED_BY_ITSELF
+
+
+PRINT_LAUNCHERS = f"import runpy; print(*runpy.run_path({interruption.__file__!r})['LAUNCHERS'])"
+START = "import subprocess, sys; print('pid', __import__('os').getpid()); sys.stdout.flush(); subprocess.run({!r})"
+
+
+@pytest.mark.parametrize(("name", "watched"), [("torchrun", True), ("deepspeed", True), ("launch.py", False)])
+def test_launchers_are_known_by_their_names(tmp_path: Path, name: str, watched: bool):
+    (tmp_path / name).write_text(START.format([sys.executable, "-c", PRINT_LAUNCHERS]))
+    command = [sys.executable, str(tmp_path / name), "--nproc_per_node", "2"]
+    pid, found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found == (pid.removeprefix("pid ") if watched else "")
+
+
+def test_both_levels_of_deepspeed_are_known(tmp_path: Path):
+    """A module's name stands behind -m; this is no module of that name, but its command line says so."""
+    inner = [sys.executable, "-c", START.format([sys.executable, "-c", PRINT_LAUNCHERS]), "deepspeed.launcher.launch"]
+    (tmp_path / "deepspeed").write_text(START.format(inner))
+    command = [sys.executable, str(tmp_path / "deepspeed")]
+    *pids, found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found.split() == [line.removeprefix("pid ") for line in reversed(pids)]
+
+
+def test_the_end_of_a_launcher_asks_and_is_no_signal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interruption, "_LOOK_SECONDS", 0.01)
+    reader, writer = os.pipe()
+
+    def rank(launcher: int) -> None:
+        monkeypatch.setattr(interruption, "LAUNCHERS", (launcher,))
+        with Interruption() as request:
+            time.sleep(0.1)
+            os.write(writer, f"{request.asked} ".encode())
+            os.kill(launcher, signal.SIGKILL)
+            wait_for(lambda: request.asked)
+            send(signal.SIGTERM)  # the scheduler's, to all processes
+            os.write(writer, f"{request.asked}".encode())
+
+    def launch() -> None:
+        launcher = os.getpid()
+        if os.fork() == 0:
+            rank(launcher)
+            os._exit(0)
+        os.close(writer)
+        time.sleep(30)
+
+    assert status_of(launch) == -signal.SIGKILL
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        assert told.read() == "False True"
