@@ -90,7 +90,7 @@ class Trainer:
                 self._loop(batches, tracker, bar)
             if self._stopping and first:
                 tqdm.write(f"ended on request after step {self.step}, go on with train.resume=auto", file=sys.stderr)
-            self._interruption.honoured = self._stopping
+            self._interruption.honoured = self._stopping or self._interruption.asked
 
     def _loop(self, batches: Iterator[Batch], tracker: Tracker, bar: tqdm) -> None:
         meter, clock = Meter(self._ranks), Clock()
@@ -250,6 +250,9 @@ class Trainer:
         if checkpoint is None:
             # Of a run that was cut short before its first checkpoint.
             shutil.rmtree(self._directory / BEST, ignore_errors=True)
+        for name in (LAST, BEST):
+            for remains in self._directory.glob(f".{name}.*"):  # of an export that died
+                shutil.rmtree(remains, ignore_errors=True)
         with writing("the configuration", self._directory / CONFIG_FILE):
             self._directory.mkdir(parents=True, exist_ok=True)
             save_config(self._config, self._directory / CONFIG_FILE)
