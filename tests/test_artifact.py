@@ -122,6 +122,18 @@ def test_a_folder_of_something_else_stays_as_it_is(compressor: Compressor, tmp_p
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_the_folder_of_a_run_names_the_export_in_it(compressor: Compressor, tmp_path: Path) -> None:
+    for name in ("last", "best"):
+        export = save_compressor(compressor, tmp_path / "run" / name)
+        with pytest.raises(ArtifactError, match=f"the folder of a training run; give {export}$"):
+            load_compressor(tmp_path / "run")
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"nowhere is no exported compressor: there is no such folder; .*export"):
+        load_compressor(tmp_path / "nowhere")
+
+
 def test_export_replaces_an_older_one(compressor: Compressor, exported: Path) -> None:
     bias = compressor.get_parameter("selector.v_proj.bias")
     with torch.no_grad():

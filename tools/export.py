@@ -12,9 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from omnisieve.artifact import ArtifactError, is_artifact, load_compressor, read_config, save_compressor
-
-NAMES = ("best", "last")
+from omnisieve.artifact import (
+    KEPT_OF_A_RUN,
+    ArtifactError,
+    is_artifact,
+    load_compressor,
+    read_config,
+    save_compressor,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a training run (its output_dir)")
     parser.add_argument("out", type=Path, help="folder to write; an exported compressor there is replaced")
-    parser.add_argument("--which", choices=NAMES, help="the best one, or the last where nothing was validated")
+    parser.add_argument("--which", choices=KEPT_OF_A_RUN, help="the best one, or the last where nothing was validated")
     args = parser.parse_args(argv)
     source = find(args.run, args.which)
     card = read_config(source)["provenance"] | {"kept from the run": source.name}
@@ -37,7 +42,7 @@ def find(run: Path, which: str | None) -> Path:
     Raises:
         ArtifactError: the run does not hold it.
     """
-    found = [name for name in NAMES if is_artifact(run / name)]
+    found = [name for name in KEPT_OF_A_RUN if is_artifact(run / name)]
     if not found:
         raise ArtifactError(
             f"{run} holds neither {run / 'best'} nor {run / 'last'}: give the output_dir of a training run"

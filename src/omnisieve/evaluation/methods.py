@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omnisieve.artifact import is_artifact, load_compressor, read_config
+from omnisieve.artifact import is_artifact, load_compressor, locate, read_config
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type, find_preset
 from omnisieve.compressors.plugins import load_plugin
 from omnisieve.compressors.presets import Preset
@@ -85,9 +85,9 @@ def resolve_methods(
     """Read the entries of a configuration.
 
     Args:
-        entries: registered names, folders of exported compressors, bounds (`oracle`, `no_media`), each of them also
-            at a preset ("random@seats/7b/35", whose own ratio it then has), or keys of `settings` that name their
-            method.
+        entries: registered names, folders of exported compressors or their names on the hub, bounds (`oracle`,
+            `no_media`), each of them also at a preset ("random@seats/7b/35", whose own ratio it then has), or keys of
+            `settings` that name their method.
         settings: per entry its fields; `method` makes the entry a variant of that method under a name of its own,
             `at` holds fields per ratio.
         plugins: Python files that register further methods.
@@ -116,11 +116,10 @@ def _resolve(label: str, settings: dict[str, Any]) -> Method:
         settings = _at_preset(label, preset, settings)
     if name in BOUNDS:
         return Method(label, name, "bound", settings, at, preset=preset)
-    if is_artifact(name):
-        registered = read_config(name)["method"]
-        return Method(label, registered, _kind(registered), settings, at, Path(name), preset)
-    if "/" in name:
-        raise CompressorError(f"{name} is no exported compressor; export one with tools/export.py RUN {name}")
+    if "/" in name or is_artifact(name):
+        folder = locate(name)
+        registered = read_config(folder)["method"]
+        return Method(label, registered, _kind(registered), settings, at, folder, preset)
     if compressor_type(name).learned:
         raise CompressorError(f"{name} is learned: name the folder of an exported one instead of {name!r}")
     return Method(label, name, _kind(name), settings, at, preset=preset)
