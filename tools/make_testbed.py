@@ -50,6 +50,8 @@ def parse_sizes(text: str) -> dict[str, int]:
         sizes = {name: int(count) for name, count in (part.split("=") for part in text.split(","))}
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected NAME=COUNT,NAME=COUNT, got {text!r}") from error
+    if empty := [name for name, count in sizes.items() if count < 1]:
+        raise argparse.ArgumentTypeError(f"{empty[0]} needs at least one clip; leave it out to write the others only")
     if unknown := set(sizes) - set(SIZES):
         raise argparse.ArgumentTypeError(f"unknown split {', '.join(sorted(unknown))}; there are {', '.join(SIZES)}")
     return sizes

@@ -108,6 +108,10 @@ def test_questions_stand_alone(tmp_path: Path) -> None:
         ({"messages": [user(3)]}, r"key 'messages\[0\].content': a string or a list"),
         ({"messages": [user([{"type": "vidio"}])]}, r"key 'messages\[0\].content\[0\].type'.*'vidio'"),
         ({"messages": [user([{"type": "video"}])]}, r"key 'messages\[0\].content\[0\].video': the path"),
+        (
+            {"messages": [user([{"type": "video", "vidoe": "a"}])]},
+            r"\.vidoe': unknown; the keys of video parts are type, v",
+        ),
         ({"messages": [user([{"type": "video", "video": "a", "fps": 0}])]}, r"\.fps': a positive number"),
         (
             {"messages": [user([{"type": "video", "video": "a", "max_frames": 1.5}])]},

@@ -236,14 +236,14 @@ def _part(part: Any, key: str, media: list[MediaPart], folder: Path, wrong: Any)
         return {"type": "text", "text": part["text"]}
     if kind not in KINDS:
         raise wrong(f"{key}.type", f"one of text, {', '.join(KINDS)} is needed, this is {kind!r}")
-    if not isinstance(part.get(kind), str):
-        raise wrong(f"{key}.{kind}", "the path of the file is needed")
     unknown = set(part) - {"type", kind} - (set(_SAMPLING) if kind == "video" else set())
     if unknown:
         raise wrong(
             f"{key}.{min(unknown)}",
             f"unknown; the keys of {kind} parts are type, {kind}" + (", fps, max_frames" * (kind == "video")),
         )
+    if not isinstance(part.get(kind), str):
+        raise wrong(f"{key}.{kind}", "the path of the file is needed")
     for name, types in _SAMPLING.items():
         value = part.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, types) or value <= 0):
