@@ -159,6 +159,12 @@ def tiny_thinker(
     return model.eval().requires_grad_(False)
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Recompute the layers in backward; earlier versions of transformers have the other name only."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def family_of(model: nn.Module) -> str:
     """Which family a thinker belongs to."""
     return QWEN3 if model.config.model_type.startswith("qwen3") else QWEN2_5

@@ -11,7 +11,7 @@ from omnisieve.backbones.gated_attention import GATED, gated_attention
 from omnisieve.layout import MEDIA, Modality
 from omnisieve.plan import Plan
 from tests.backbones.toys import LearnedToy, learned_toy
-from tests.models import FAMILIES, HIDDEN, SILENT, SOUNDING, SPEECH, tiny_inputs, tiny_thinker
+from tests.models import FAMILIES, HIDDEN, SILENT, SOUNDING, SPEECH, checkpoint_layers, tiny_inputs, tiny_thinker
 
 SAMPLES = [[SOUNDING], [SILENT], [SPEECH]]
 ANSWER = 3
@@ -153,7 +153,7 @@ def test_gradient_checkpointing_changes_nothing(route):
     for checkpointing in (False, True):
         model = tiny_thinker()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            checkpoint_layers(model)
             model.train()
         compressor = learned_toy(HIDDEN)
         loss = run(model, compressor, Estimator(route))[0]

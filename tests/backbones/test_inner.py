@@ -34,6 +34,7 @@ from tests.models import (
     SILENT,
     SOUNDING,
     SPEECH,
+    checkpoint_layers,
     tiny_inputs,
     tiny_thinker,
 )
@@ -434,7 +435,7 @@ def adapted(checkpointing: bool) -> nn.Module:
     config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0.3, init_lora_weights=False)
     model = get_peft_model(tiny_thinker(layers=LAYERS), config)
     if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model.get_base_model())
     return model.train()
 
 
