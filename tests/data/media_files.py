@@ -35,6 +35,7 @@ class MediaSpec:
         video_codec, audio_codec: encoder names.
         rotation: counter-clockwise display rotation in degrees.
         options: muxer options.
+        width, height: of the frames, as stored.
     """
 
     seconds: float = 4.0
@@ -47,6 +48,8 @@ class MediaSpec:
     audio_codec: str = "aac"
     rotation: int = 0
     options: tuple[tuple[str, str], ...] = ()
+    width: int = WIDTH
+    height: int = HEIGHT
 
 
 def frame_level(index: int) -> int:
@@ -54,9 +57,9 @@ def frame_level(index: int) -> int:
     return 20 + (index * 37) % 200
 
 
-def draw_frame(index: int) -> np.ndarray:
-    image = np.full((HEIGHT, WIDTH, 3), frame_level(index), dtype=np.uint8)
-    image[: HEIGHT // 7] = 255
+def draw_frame(index: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    image = np.full((height, width, 3), frame_level(index), dtype=np.uint8)
+    image[: height // 7] = 255
     return image
 
 
@@ -95,7 +98,7 @@ def tone(seconds: float, sample_rate: int) -> np.ndarray:
 
 def _add_video(container: av.container.OutputContainer, spec: MediaSpec) -> av.VideoStream:
     stream = container.add_stream(spec.video_codec, rate=spec.rate)
-    stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+    stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, "yuv420p"
     if spec.rotation:
         stream.set_display_rotation(spec.rotation)
     stream.options = {
@@ -113,7 +116,7 @@ def _add_audio(container: av.container.OutputContainer, spec: MediaSpec) -> av.A
 
 def _encode_video(container: av.container.OutputContainer, stream: av.VideoStream, spec: MediaSpec) -> None:
     for index in range(round(spec.seconds * spec.rate)):
-        frame = av.VideoFrame.from_ndarray(draw_frame(index), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(draw_frame(index, spec.width, spec.height), format="rgb24")
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
 
