@@ -23,8 +23,8 @@ from omnisieve.evaluation.report import (
 )
 
 ROW_KEYS = {
-    "method", "benchmark", "retained_ratio", "status", "measured_ratio", "accuracy", "ci95", "n_questions", "n_clips",
-    "n_failures", "by_family", "efficiency",
+    "method", "benchmark", "retained_ratio", "preset", "status", "measured_ratio", "accuracy", "ci95", "n_questions",
+    "n_clips", "n_failures", "by_family", "efficiency",
 }  # fmt: skip
 
 
@@ -122,6 +122,30 @@ def with_prefills() -> list[Cell]:
         if one.answers:
             one.prefills.append(Prefill(np.full(len(kept), 4), np.full(len(kept), 20), kept, kept))
     return found
+
+
+def test_too_few_clips_are_told() -> None:
+    told = "Intervals over 9 clips are not reliable"
+    assert told in markdown(make_report([cell("full", "full", 1.0, 8, n=9)], {}))
+    assert "not reliable" not in markdown(make_report([cell("full", "full", 1.0, 8, n=10)], {}))
+    assert "not reliable" not in markdown(make_report([cells()[-1]], {}))
+
+
+def test_presets_that_keep_another_share_are_told() -> None:
+    rows = [cell("a", "training-free", 0.25, 2, preset="p"), cell("b", "training-free", 0.25, 2)]
+    assert "*" not in markdown(make_report(rows, {}))
+    rows[0].retained_ratio = rows[1].retained_ratio = 0.35
+    text = markdown(make_report(rows, {}))
+    assert "| a | 35%* |" in text
+    assert "| b | 35% |" in text
+    assert "Asked with *: as the preset's source states it" in text
+
+
+def test_the_first_failures_are_named_with_their_cure() -> None:
+    failures = [{"clip": f"{i}.mp4", "error": f"{i}.mp4: broken. Cure: copy it."} for i in range(5)]
+    text = markdown(make_report(cells(), {}, failures=failures))
+    assert text.endswith("the first are:\n\n" + "".join(f"- {i}.mp4: broken. Cure: copy it.\n" for i in range(3)))
+    assert text.splitlines()[-5].startswith("5 clips could not be read")
 
 
 def test_rows_say_what_their_prompts_cost() -> None:

@@ -20,6 +20,11 @@ from omnisieve.evaluation.metrics import (
     retained,
 )
 
+# With fewer clips the bootstrap draws from too few different samples for its interval to be one.
+FEW_CLIPS = 10
+# Failures that the table names; report.json has all.
+_NAMED = 3
+
 Kind = Literal["full", "training-free", "learned", "bound"]
 """What a method is: all tokens, a method of the field, a trained one, or a bound that knows the answer."""
 
@@ -134,13 +139,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["benchmark"] == benchmark]
-        parts.append(_results_table(benchmark, rows))
+        parts += [_results_table(benchmark, rows), *_footnotes(rows)]
     if report["comparisons"]:
         parts.append(_comparison_table(report["comparisons"]))
     for entry in report["unreachable"]:
         parts.append(f"{entry['method']} at {entry['retained_ratio']:.0%} is unreachable: {entry['reason']}")
     if report["failures"]:
-        parts.append(f"{len(report['failures'])} clips could not be read; report.json names them.")
+        first = "".join(f"\n- {failure['error']}" for failure in report["failures"][:_NAMED])
+        parts.append(
+            f"{len(report['failures'])} clips could not be read; report.json names all, the first are:\n{first}"
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -179,6 +187,7 @@ def _row(cell: Cell, samples: int, seed: int) -> dict[str, Any]:
         "method": cell.method,
         "benchmark": cell.benchmark,
         "retained_ratio": cell.retained_ratio,
+        "preset": cell.preset,
         "status": "ok" if cell.ok else "unreachable",
         "measured_ratio": dict.fromkeys(("video", "audio", "total")),
         "accuracy": None,
@@ -252,10 +261,31 @@ def _results_table(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> str:
             score = "{:.1f} ({:.1f} to {:.1f})".format(row["accuracy"], *row["ci95"])
             share = _percent(row["accuracy"] / full if full else None)
         lines.append(
-            f"| {row['method']} | {row['retained_ratio']:.0%} | {score} | {share} | {ratios} "
+            f"| {row['method']} | {row['retained_ratio']:.0%}{'*' * _is_off(row)} | {score} | {share} | {ratios} "
             f"| {row['n_questions']} / {row['n_clips']} | {row['n_failures']} |"
         )
     return "\n".join(lines)
+
+
+def _footnotes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of a table of results must know."""
+    notes = []
+    if any(map(_is_off, rows)):
+        notes.append(
+            "Asked with *: as the preset's source states it; on these clips its settings keep the share under total."
+        )
+    clips = min((row["n_clips"] for row in rows if row["n_clips"]), default=FEW_CLIPS)
+    if clips < FEW_CLIPS:
+        notes.append(
+            f"Intervals over {clips} clips are not reliable, however narrow: take {FEW_CLIPS} at least, better 100."
+        )
+    return notes
+
+
+def _is_off(row: Mapping[str, Any]) -> bool:
+    """Whether a preset keeps another share than it states. Reports of older versions do not say what was one."""
+    total = row["measured_ratio"]["total"]
+    return row.get("preset") is not None and total is not None and abs(total - row["retained_ratio"]) > 0.005
 
 
 def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
