@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from omnisieve import load_compressor, save_compressor
+from omnisieve import load_backbone, load_compressor, save_compressor
 from omnisieve.artifact import ArtifactError
 from omnisieve.compressors.ratios import CompressorError
 from omnisieve.layout import Modality, TokenLayout
@@ -23,6 +24,7 @@ from tests.goldens.vectors import load, resolver
 from tests.layouts import LayoutSpec, make_layout
 
 WIDTH, HEADS = 512, 8
+BACKBONE = Path(__file__).parent.parent / "data" / "testbed" / "backbone"
 GOLDEN = COMMITTED / "omnisift_w3_4x4_a10_s0_a40_v67.npz"
 
 
@@ -59,6 +61,10 @@ def state(hidden: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, Ten
         "thinker.model.layers.0.mlp.up_proj.weight": draw((4, 4)),
         "talker.codec_head.weight": draw((4,)),
     }
+
+
+def of_compressor(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
 
 
 def sharded(tensors: Mapping[str, Tensor], folder: Path) -> Path:
@@ -101,7 +107,7 @@ def test_every_form_gives_the_published_selector(write: Write, tmp_path: Path) -
     assert (settings.video_pruner, settings.score_norm, settings.rounding) == ("similarity", "none", "official")
     assert (settings.video_ratio, settings.audio_ratio) == (0.3, 0.7)
     loaded = load_compressor(save_compressor(compressor, tmp_path / "out")).state_dict()
-    expected = {name.replace(PREFIX, "selector."): value for name, value in tensors.items() if name.startswith(PREFIX)}
+    expected = {name.replace(PREFIX, "selector."): value for name, value in of_compressor(tensors).items()}
     assert loaded.keys() == expected.keys()
     for name, value in expected.items():
         assert loaded[name].dtype == torch.bfloat16
@@ -193,9 +199,19 @@ def test_the_llm_of_a_checkpoint_is_said_to_be_left_behind(tmp_path: Path) -> No
     told = import_omnisift(one_file(tensors, tmp_path / "whole")).provenance["LLM"]
     assert told.startswith("not imported")
     assert "1 tensors" in told
-    assert "model.path" in told
-    alone = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
-    assert "LLM" not in import_omnisift(one_file(alone, tmp_path / "alone")).provenance
+    assert "give the checkpoint as model.path" in told
+    alone = one_file(of_compressor(tensors), tmp_path / "alone")
+    assert "LLM" not in import_omnisift(alone).provenance
+
+
+def test_the_llm_of_a_checkpoint_loads_from_where_it_is(tmp_path: Path) -> None:
+    folder = shutil.copytree(BACKBONE, tmp_path / "checkpoint")
+    stock = {f"thinker.{name}": value for name, value in load_file(folder / SINGLE_FILE).items()}
+    save_file({**stock, **of_compressor(state(hidden=128))}, folder / SINGLE_FILE, metadata={"format": "pt"})
+    assert import_omnisift(folder).hidden_size == 128
+    expected, loaded = (load_backbone(path).state_dict() for path in (BACKBONE, folder))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
 def test_only_the_shards_of_the_compressor_are_read(tmp_path: Path) -> None:
@@ -260,7 +276,7 @@ def of_two_precisions(tensors: dict[str, Tensor]) -> None:
 
 
 def without_compressor(tensors: dict[str, Tensor]) -> None:
-    for name in [name for name in tensors if name.startswith(PREFIX)]:
+    for name in of_compressor(tensors):
         del tensors[name]
 
 

@@ -158,6 +158,6 @@ def _provenance(path: Path, preset: str, tensors: Mapping[str, Load]) -> dict[st
     if llm:
         provenance["LLM"] = (
             f"not imported: the checkpoint also holds {len(llm)} tensors of the LLM that learned together with the "
-            "compressor; use that LLM (model.path)"
+            "compressor, which wants that LLM: give the checkpoint as model.path, too"
         )
     return provenance
