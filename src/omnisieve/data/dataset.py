@@ -195,7 +195,7 @@ class OmniDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         failed: list[tuple[str, MediaError]] = []
         for attempt in range(_ATTEMPTS):
-            conversation = self.conversations[_substitute(index, attempt, len(self))]
+            conversation = self.conversations[substitute(index, attempt, len(self))]
             try:
                 sample = self.loader.sample(conversation, self.loader.load(conversation))
             except MediaError as error:
@@ -210,6 +210,6 @@ class OmniDataset(Dataset[Sample]):
         )
 
 
-def _substitute(index: int, attempt: int, length: int) -> int:
+def substitute(index: int, attempt: int, length: int) -> int:
     """The sample to try: `index` itself, then others that depend on nothing but it."""
     return index if attempt == 0 else int(np.random.default_rng((index, attempt)).integers(length))
