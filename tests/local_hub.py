@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             self._repository(match[1], (match[2] or "/revision/main").rpartition("/")[2])
         elif match := re.fullmatch(rf"/api/models/([^/]+/[^/]+)/tree/{COMMIT}", path):
-            self._json([self._entry(file) for file in sorted((self.server.folder / match[1]).iterdir())])
+            self._json(list(self._entries(self.server.folder / match[1])))
         elif match := re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
             self._file(self.server.folder / match[1] / match[2])
         else:
@@ -72,8 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    (self.server.folder / match[1] / line["value"]["path"]).write_bytes(content)
+                    file = self.server.folder / match[1] / line["value"]["path"]
+                    file.parent.mkdir(exist_ok=True)
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
             url = f"{self.server.url}/{match[1]}/commit/{COMMIT}"
             self._json({"success": True, "commitUrl": url, "commitOid": COMMIT, "hookOutput": ""})
         else:
@@ -92,8 +93,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json({"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
 
-    def _entry(self, file: Path) -> dict[str, Any]:
-        return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _etag(file)}
+    def _entries(self, repository: Path) -> Iterator[dict[str, Any]]:
+        for file in sorted(path for path in repository.rglob("*") if path.is_file()):
+            path = file.relative_to(repository).as_posix()
+            yield {"type": "file", "path": path, "size": file.stat().st_size, "oid": _etag(file)}
 
     def _file(self, file: Path) -> None:
         if not file.is_file():

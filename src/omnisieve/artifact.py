@@ -33,6 +33,10 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "compressor.safetensors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+LLM_FOLDER = "llm"
+"""Within an export: what training changed of the LLM, see `omnisieve.tuned_llm`."""
+SHARED = (*FILES, f"{LLM_FOLDER}/*.json", f"{LLM_FOLDER}/*.safetensors")
+"""What goes to the hub and comes from it."""
 KEPT_OF_A_RUN = ("best", "last")
 """Folders of a training run that hold its exported compressors."""
 
@@ -60,7 +64,8 @@ def save_compressor(
         card: provenance that belongs on the model card, JSON values only: backbone, data, steps, scores. What the
             compressor was loaded with if None.
         license: identifier for the card, such as "apache-2.0".
-        also: writes more into the folder before it gets its name.
+        also: writes more into the folder before it gets its name; if None, the tuned LLM that the compressor was
+            loaded with is written, too.
 
     Returns:
         the folder.
@@ -81,6 +86,8 @@ def save_compressor(
         _compare(compressor, load_compressor(staging), staging)
         if also is not None:
             also(staging)
+        elif compressor.tuned_llm is not None:
+            shutil.copytree(compressor.tuned_llm, staging / LLM_FOLDER)
         _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -113,7 +120,7 @@ def push_compressor(
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_compressor(compressor, Path(scratch) / "compressor", card=card, license=license)
-        return upload(folder, repo, FILES, commit_message, private)
+        return upload(folder, repo, SHARED, commit_message, private)
 
 
 def load_compressor(source: str | Path, *, revision: str | None = None, **settings: Any) -> Compressor:
@@ -139,6 +146,7 @@ def load_compressor(source: str | Path, *, revision: str | None = None, **settin
     compressor = build_compressor(config["method"], hidden_size=config["hidden_size"], **(chosen | settings))
     _load_weights(compressor, folder / WEIGHTS_FILE, config["weights_sha256"])
     compressor.provenance = config.get("provenance", {})
+    compressor.tuned_llm = folder / LLM_FOLDER if (folder / LLM_FOLDER).is_dir() else None
     return compressor.eval()
 
 
@@ -154,7 +162,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         HubError: the hub has no such repository, or cannot be reached and the cache lacks it.
     """
     if isinstance(source, str) and is_repo_name(source):
-        return fetch(source, FILES, revision)
+        return fetch(source, SHARED, revision)
     if revision is not None:
         raise ArtifactError(f"{source} is a folder, and revision {revision!r} is of a repository on the hub")
     return Path(source)

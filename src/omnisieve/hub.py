@@ -33,19 +33,19 @@ def is_repo_name(text: str) -> bool:
     return True
 
 
-def fetch(repo: str, files: Sequence[str], revision: str | None = None) -> Path:
+def fetch(repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """The folder in the local cache that holds files of a repository; what is not in the cache is downloaded.
 
     Args:
         repo: OWNER/NAME.
-        files: their names; nothing else is downloaded, and of these only what is there.
+        patterns: of the names of files, with * for anything; nothing else is downloaded.
         revision: branch, tag or commit; the main branch if None.
 
     Raises:
         HubError: there is no such repository or revision, or the hub cannot be reached and the cache lacks it.
     """
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except RepositoryNotFoundError as error:
         reason = "the hub has no such repository, or it is private: then log in with `hf auth login`"
         raise HubError(_NOT_FOUND.format(repo, reason)) from error
@@ -57,13 +57,13 @@ def fetch(repo: str, files: Sequence[str], revision: str | None = None) -> Path:
         raise HubError(_NOT_FOUND.format(repo, reason)) from error
 
 
-def upload(folder: Path, repo: str, files: Sequence[str], message: str, private: bool | None = None) -> str:
+def upload(folder: Path, repo: str, patterns: Sequence[str], message: str, private: bool | None = None) -> str:
     """Put files of a folder into a repository, in one commit; the repository is made if there is none.
 
     Args:
         folder: that holds them.
         repo: OWNER/NAME, or NAME for the owner that is logged in.
-        files: their names.
+        patterns: see `fetch`.
         message: of the commit.
         private: whether a new repository is; the owner's default if None.
 
@@ -77,7 +77,7 @@ def upload(folder: Path, repo: str, files: Sequence[str], message: str, private:
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, allow_patterns=list(files), commit_message=message
+            repo_id=made.repo_id, folder_path=folder, allow_patterns=list(patterns), commit_message=message
         )
     except (OSError, HTTPError, HFValidationError) as error:
         raise HubError(

@@ -21,9 +21,12 @@ class Pretrained:
 
     Attributes:
         provenance: what the card of an export says of where the weights come from; it travels from loading to saving.
+        tuned_llm: folder of what training changed of the LLM, in the export that this was loaded from; None where the
+            LLM was frozen. It travels, too.
     """
 
     provenance: Mapping[str, Any] = {}
+    tuned_llm: Path | None = None
 
     def save_pretrained(
         self, directory: str | Path, *, card: Mapping[str, Any] | None = None, license: str | None = None
