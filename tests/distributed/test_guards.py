@@ -21,6 +21,7 @@ from omnisieve.training.distributed import Ranks
 from omnisieve.training.guards import GRADIENT, LOSS, NORM
 from tests.distributed.launch import run_distributed
 from tests.training.batches import CLIPS
+from tests.training.clips import lasting
 from tests.training.runs import compressor_of, make_config, make_trainer
 
 STEPS, BAD, MICRO = 3, 2, 2  # the second step is bad, by its second micro-batch
@@ -238,7 +239,7 @@ def test_a_signal_to_one_rank_ends_all_after_their_step_and_nothing_is_lost(resu
 
 
 def without_times(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in record.items() if "second" not in name} for record in read_log(result)]
+    return [lasting(record) for record in read_log(result)]
 
 
 def best_loss(result: dict[str, Any]) -> float:

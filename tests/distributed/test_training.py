@@ -14,6 +14,7 @@ from torch import Tensor
 from omnisieve.config import EstimatorSection, RatioSection
 from omnisieve.training.distributed import Ranks
 from tests.distributed.launch import run_distributed
+from tests.training.clips import lasting
 from tests.training.runs import compressor_of, make_config, make_trainer
 
 # The same four clips per step, in every way that one rank and two ranks can take them.
@@ -123,9 +124,8 @@ def test_log_of_a_resumed_run_is_that_of_an_uninterrupted_one(results):
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """Records of a run without its times."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+    """Records of a run without its times and its memory."""
+    return [lasting(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -140,7 +140,7 @@ def test_clipping_is_by_the_global_norm(results, size: int):
 def test_a_run_leaves_what_its_docs_promise(results):
     folder = results[2][0] / "whole"
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "last", "best",
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "last", "best", "images",
     }  # fmt: skip
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6", "latest"]
     assert (folder / "checkpoints" / "latest").read_text() == "checkpoint-6\n"

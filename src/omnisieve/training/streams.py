@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from omnisieve.config import DataSection, TrainSection
@@ -11,10 +12,12 @@ from omnisieve.data.batch import Batch
 from omnisieve.data.collate import collate
 from omnisieve.data.dataset import MediaLoader, OmniDataset
 from omnisieve.data.manifest import Manifest
+from omnisieve.data.media import MediaReader
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.data.sampler import StreamSampler
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.interruption import ignore_signals
+from omnisieve.training.pictures import ClipMedia, clip_media
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Streams:
         sampler: the order of `train`; told by the trainer what has been trained on.
         val: this rank's share of the validation split; None without one. Every rank has as many batches as the
             others; beside a batch stands whether it counts, or only keeps step with the others.
+        probes: clips of `val` that are looked at more closely, by id, each with a way to decode it.
     """
 
     train: Iterable[Batch]
     sampler: StreamSampler
     val: Iterable[tuple[Batch, bool]] | None = None
+    probes: Mapping[str, Callable[[], ClipMedia]] = field(default_factory=dict)
 
 
 def check_manifests(data: DataSection) -> None:
@@ -53,13 +58,14 @@ def open_streams(data: DataSection, train: TrainSection, media: MediaLoader, ran
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
     dataset = OmniDataset(Manifest(data.train), media, on_error="replace")
     sampler = StreamSampler(len(dataset), train.micro_batch_size, seed=train.seed, **place)
-    val = None
+    val, probes = None, dict[str, Callable[[], ClipMedia]]()
     if data.val is not None:
         held_out = OmniDataset(Manifest(data.val), media, on_error="replace")
         shards = val_shards(len(held_out), train.micro_batch_size, **place)
         counts = [counted for _, counted in shards]
         val = _Counted(_loader(held_out, [indices for indices, _ in shards], data, train, ranks), counts)
-    return Streams(_loader(dataset, sampler, data, train, ranks), sampler, val)
+        probes = probe_clips(held_out, train.probe_clips)
+    return Streams(_loader(dataset, sampler, data, train, ranks), sampler, val, probes)
 
 
 def val_shards(size: int, batch_size: int, *, rank: int, world_size: int) -> list[tuple[list[int], bool]]:
@@ -71,6 +77,21 @@ def val_shards(size: int, batch_size: int, *, rank: int, world_size: int) -> lis
     rounds = -(-len(batches) // world_size)
     places = range(rank, rounds * world_size, world_size)
     return [(batches[place], True) if place < len(batches) else (batches[0], False) for place in places]
+
+
+def probe_clips(dataset: OmniDataset, count: int) -> dict[str, Callable[[], ClipMedia]]:
+    """The first clips by id, each with a way to decode it, also where the dataset reads from a feature cache."""
+    decoding, loader = copy.copy(dataset), copy.copy(dataset.loader)
+    loader.cache, loader.reader = None, MediaReader(decode_seconds=loader.reader.decode_seconds)
+    decoding.loader, decoding.on_error = loader, "raise"
+
+    def decode(index: int) -> ClipMedia:
+        try:
+            return clip_media(decoding[index], loader.preprocessor)
+        finally:
+            loader.reader.close()
+
+    return {dataset.conversations[i].id: partial(decode, i) for i in range(min(count, len(dataset)))}
 
 
 def closable(batches: Iterable[Batch]) -> Generator[Batch, None, None]:

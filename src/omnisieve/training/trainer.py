@@ -6,10 +6,10 @@ import itertools
 import math
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from omnisieve.config import TrainConfig, save_config
 from omnisieve.data.batch import Batch
 from omnisieve.training.bad_samples import BadSamples
 from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore, run_identity
+from omnisieve.training.clock import Clock
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import build_engine, learning_rates
 from omnisieve.training.errors import CheckpointError, TrainingError, writing
@@ -27,9 +28,13 @@ from omnisieve.training.exporting import export
 from omnisieve.training.guards import Fault, Outcome, StepGuard
 from omnisieve.training.interruption import Interruption
 from omnisieve.training.lockstep import Lockstep
+from omnisieve.training.memory import memory
 from omnisieve.training.meter import Meter, progress, quality, ratios, tokens
 from omnisieve.training.objective import TrainingModule
+from omnisieve.training.pictures import asked
+from omnisieve.training.probes import Probes
 from omnisieve.training.schedule import draw_ratio, draw_seed
+from omnisieve.training.scores import ScoreMeter
 from omnisieve.training.streams import Streams, closable
 from omnisieve.training.tracking import Tracker
 from omnisieve.training.watchdog import Watchdog
@@ -41,7 +46,8 @@ class Trainer:
     """Trains a compressor; every rank makes one and calls `fit`.
 
     The run's folder then holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and the compressor as
-    exported folders: `last/`, and `best/` by validation loss. `bad_samples.jsonl` lists files that could not be read.
+    exported folders: `last/`, and `best/` by validation loss. `bad_samples.jsonl` lists files that could not be read,
+    `images/` holds pictures of the probe clips.
     """
 
     def __init__(self, config: TrainConfig, module: TrainingModule, streams: Streams, ranks: Ranks) -> None:
@@ -69,6 +75,10 @@ class Trainer:
             limit=config.train.save_total_limit,
         )
         self._bad_samples = BadSamples(self._directory, ranks)
+        self._clock = Clock(self.engine.device)
+        module.after_encoders = partial(self._clock.lap, "encoders")
+        self._meter, self._scores = Meter(ranks), ScoreMeter(ranks)
+        self._probes = Probes(streams.probes, ranks)
 
     def fit(self) -> None:
         """Train to the last step, from the checkpoint that `train.resume` means, if there is one.
@@ -84,7 +94,8 @@ class Trainer:
             self._open()
             first = self._ranks.is_first
             bar = tqdm(total=self._train.max_steps, initial=self.step, disable=not first, unit="step")
-            tracker = Tracker(self._directory, first_step=self.step, enabled=first)
+            limit = self._train.picture_limit
+            tracker = Tracker(self._directory, first_step=self.step, enabled=first, picture_limit=limit)
             batches = closable(self._streams.train)
             with bar, closing(tracker), closing(batches), self.module.attached(), self._watchdog:
                 self._loop(batches, tracker, bar)
@@ -93,30 +104,27 @@ class Trainer:
             self._interruption.honoured = self._stopping or self._interruption.asked
 
     def _loop(self, batches: Iterator[Batch], tracker: Tracker, bar: tqdm) -> None:
-        meter, clock = Meter(self._ranks), Clock()
         if self._validation_is_due:
             self._end_step(tracker)
         while self.step < self._last_step and not self._stopping:
-            with clock.running():
-                with clock.waiting():
-                    window = list(itertools.islice(batches, self._train.gradient_accumulation_steps))
-                rates = learning_rates(self.engine)
-                outcome = self._optimise(window, meter)
-                self.step += 1
-                self._streams.sampler.advance(self._train.gradient_accumulation_steps)
-                # A record is about a warm start or about answers, never both.
-                due = self._is_due(self._train.log_every) or self.step == self._train.warm_start.steps
-                sums = meter.read() if due else None
+            self._clock.start()
+            window = list(itertools.islice(batches, self._train.gradient_accumulation_steps))
+            self._clock.lap("data_wait")
+            rates = learning_rates(self.engine)
+            outcome = self._optimise(window)
+            self.step += 1
+            self._streams.sampler.advance(self._train.gradient_accumulation_steps)
+            # A record is about a warm start or about answers, never both.
+            due = self._is_due(self._train.log_every) or self.step == self._train.warm_start.steps
+            sums = self._meter.read() if due else None
+            self._clock.stop()
             self._watchdog.beat()
             self._stopping = outcome.stop
             bar.update()
             self._report_faults(outcome.faults, tracker)
-            if sums is not None:
-                scalars = self._scalars(sums, clock, rates)
-                tracker.log(self.step, scalars)
-                if sums:
-                    bar.set_postfix_str(progress(sums))
-                clock.restart()
+            self._record(sums, rates, tracker)
+            if sums:
+                bar.set_postfix_str(progress(sums))
             self._validation_is_due = self._validates and self._is_due(self._train.eval_every)
             self._end_step(tracker)
 
@@ -127,6 +135,10 @@ class Trainer:
             if scores is not None:
                 tracker.log(self.step, scores)
                 self._validation_is_due = False
+                if self._ranks.is_first and self._train.picture_limit:
+                    title = f"step {self.step}, {asked(self.module.compressor.settings)}"
+                    tracker.pictures(self.step, self._probes.pictures(title))
+                    self._watchdog.beat()
         saves = self._stopping or self._is_due(self._train.save_every)
         if saves or self._is_due(self._train.log_every):
             self._bad_samples.share()
@@ -140,7 +152,7 @@ class Trainer:
 
     # One step.
 
-    def _optimise(self, window: Sequence[Batch], meter: Meter) -> Outcome:
+    def _optimise(self, window: Sequence[Batch]) -> Outcome:
         """One optimiser step on the micro-batches of its accumulation window; one that is left out is not measured.
 
         The loss is the sum over answer tokens (in a warm start: over clips) by their number over all micro-batches and
@@ -156,23 +168,31 @@ class Trainer:
             )
         scale = self._ranks.world_size / count
         ratio = self._ratio()
+        lockstep = self._lockstep.media(window)
+        self._clock.lap("rank_wait")
         self.engine.train()
-        measured = []
-        for micro_step, (batch, media) in enumerate(zip(window, self._lockstep.media(window), strict=True)):
+        measured, scored = [], []
+        for micro_step, (batch, media) in enumerate(zip(window, lockstep, strict=True)):
             if micro_step:
                 self.engine.step()  # between micro-batches it only counts
             self._bad_samples.note(batch.failures)
             seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
-            outputs = self.engine(
-                batch.to(self.engine.device), scale=scale, ratio=ratio, seed=seed, warm_start=warm, lockstep=media
-            )
+            placed = batch.to(self.engine.device)
+            outputs = self.engine(placed, scale=scale, ratio=ratio, seed=seed, warm_start=warm, lockstep=media)
+            self._clock.lap("forward")
+            if self._histograms_are_due(self.step + 1):
+                scored.append((self.module.last_plan.scores, placed.layout))
             self.engine.backward(outputs["loss"], scale_wrt_gas=False)
             self._guard.watch(batch.ids, outputs["loss"])
+            self._clock.lap("backward")
             measured.append((outputs, batch))
         outcome = self._guard.step(self.engine, stop=self._interruption.asked)
+        self._clock.lap("optimiser")
         if not outcome.faults:
             for outputs, batch in measured:
-                meter.add(outputs, batch)
+                self._meter.add(outputs, batch)
+            for scores, layout in scored:
+                self._scores.add(scores, layout)
         return outcome
 
     def _ratio(self) -> float | None:
@@ -190,7 +210,33 @@ class Trainer:
 
     # Every few steps.
 
-    def _scalars(self, sums: dict[str, float], clock: Clock, rates: dict[str, float]) -> dict[str, float]:
+    def _record(self, sums: dict[str, float] | None, rates: dict[str, float], tracker: Tracker) -> None:
+        """Log what is due after this step.
+
+        Args:
+            sums: over the steps since the last time; None: not due.
+            rates: learning rates of this step.
+            tracker: the log.
+        """
+        scalars = {}
+        if sums is not None:
+            scalars = self._scalars(sums, rates)
+            self._clock.restart()
+        if self._histograms_are_due(self.step):
+            found = self._scores.read()
+            tracker.histograms(self.step, {f"score/{modality}": values for modality, values in found.items()})
+            for modality, values in found.items():
+                scalars |= {f"score_{modality}/{name}": value for name, value in values.summary().items()}
+        if scalars:
+            tracker.log(self.step, scalars)
+
+    def _histograms_are_due(self, step: int) -> bool:
+        """Whether scores are counted in a step, from 1; a warm start has none that a selection is made by."""
+        every = self._train.histogram_every
+        due = every > 0 and (step % every == 0 or step == self._train.max_steps)
+        return due and step > self._train.warm_start.steps
+
+    def _scalars(self, sums: dict[str, float], rates: dict[str, float]) -> dict[str, float]:
         """What is logged of the steps since the last time; of the loss nothing, if all of them were left out."""
         scalars = {"bad_steps": float(self._guard.total), **{f"lr/{owner}": value for owner, value in rates.items()}}
         if not self._guard.in_a_row:
@@ -198,13 +244,14 @@ class Trainer:
         if not sums:
             return scalars
         before, after = tokens(sums)
+        seconds = self._clock.run_seconds
         return scalars | {
             **{f"train/{name}": value for name, value in quality(sums).items()},
             **{f"ratio/{name}": value for name, value in ratios(sums).items()},
-            "tokens_per_second/before_compression": before / clock.run_seconds,
-            "tokens_per_second/after_compression": after / clock.run_seconds,
-            "seconds/step": clock.run_seconds / clock.steps,
-            "seconds/data_wait": clock.wait_seconds / clock.steps,
+            "tokens_per_second/before_compression": before / seconds,
+            "tokens_per_second/after_compression": after / seconds,
+            **{f"seconds/{lap}": value for lap, value in self._clock.read().items()},
+            **{f"memory_gib/{name}": value for name, value in memory(self.engine.device).items()},
         }
 
     @torch.no_grad()
@@ -221,6 +268,7 @@ class Trainer:
             (media,) = self._lockstep.media([batch])
             outputs = self.engine(batch.to(self.engine.device), lockstep=media)
             meter.add(outputs, batch, weight=float(counts))
+            self._probes.note(batch, self.module.last_plan.keep)
             self._watchdog.beat()
             (asked,) = self._ranks.sum([float(self._interruption.asked)])
             self._stopping = asked > 0
@@ -233,8 +281,10 @@ class Trainer:
         if scores["loss"] < self.best_loss:
             self.best_loss = scores["loss"]
             self._export(BEST, scores)
-        return {f"val/{name}": value for name, value in scores.items()} | {
-            f"val_ratio/{name}": value for name, value in ratios(sums).items()
+        return {
+            **{f"val/{name}": value for name, value in scores.items()},
+            **{f"val_ratio/{name}": value for name, value in ratios(sums).items()},
+            **{f"churn/{name}": value for name, value in self._probes.settle().items()},
         }
 
     # Files.
@@ -261,6 +311,7 @@ class Trainer:
         state = self._store.load(self.engine, checkpoint)
         self.step, self.best_loss = state["step"], state["best_loss"]
         self._guard.load_state_dict(state["bad_steps"])
+        self._probes.load_state_dict(state["probes"])
         self._validation_is_due = self._validates and state["validation_is_due"]
         try:
             self._streams.sampler.load_state_dict(state["sampler"])
@@ -274,6 +325,7 @@ class Trainer:
             "best_loss": self.best_loss,
             "sampler": self._streams.sampler.state_dict(),
             "bad_steps": self._guard.state_dict(),
+            "probes": self._probes.state_dict(),
             "validation_is_due": self._validation_is_due,
         }
         self._store.save(self.engine, self.step, state)
@@ -288,28 +340,3 @@ class Trainer:
             **{f"validation {key}": round(value, 4) for key, value in scores.items()},
         }
         export(self.engine, self.module, self._directory / name, self._config, card, self._ranks)
-
-
-class Clock:
-    """Seconds spent in steps, and waiting for data within them, since the last restart."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps, self.run_seconds, self.wait_seconds = 0, 0.0, 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Measure one step."""
-        start = time.perf_counter()
-        yield
-        self.run_seconds += time.perf_counter() - start
-        self.steps += 1
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Measure a wait for data within a step."""
-        start = time.perf_counter()
-        yield
-        self.wait_seconds += time.perf_counter() - start
