@@ -25,9 +25,10 @@ def main() -> int:
     except ConfigError as error:
         return fail(error)
     # Imported only now, so that help and mistakes in the configuration show at once.
-    from omnisieve.training import USER_ERRORS, build_trainer, connect, leave
+    from omnisieve.training import USER_ERRORS, build_trainer, check_run, connect, leave
 
     try:
+        check_run(config)
         trainer = build_trainer(config, connect())
         trainer.fit()
     except USER_ERRORS as error:

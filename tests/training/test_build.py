@@ -10,10 +10,9 @@ import torch
 from omnisieve.artifact import save_compressor
 from omnisieve.compressors import CompressorError, build_compressor
 from omnisieve.config import ConfigError, RatioSection, WarmStartSection
-from omnisieve.data.manifest import ManifestError
-from omnisieve.training.build import build_trainer, make_compressor, make_teacher
+from omnisieve.training.build import make_compressor, make_teacher
 from tests.models import HIDDEN
-from tests.training.runs import OMNISIFT, Alone, make_config
+from tests.training.runs import OMNISIFT, make_config
 
 
 def make(tmp_path: Path, section: dict, **train):
@@ -66,6 +65,13 @@ def test_init_from_takes_weights_and_changed_settings(tmp_path: Path):
 def test_init_from_another_method_is_refused(tmp_path: Path):
     folder = save_compressor(build_compressor("random", retained_ratio=0.25), tmp_path / "exported")
     with pytest.raises(ConfigError, match="holds random"):
+        make(tmp_path, {"method": "omnisift"}, init_from=str(folder))
+
+
+def test_init_from_another_width_is_refused(tmp_path: Path):
+    exported = build_compressor("omnisift", hidden_size=HIDDEN + 1, retained_ratio=0.25)
+    folder = save_compressor(exported, tmp_path / "exported")
+    with pytest.raises(ConfigError, match=rf"is for hidden size {HIDDEN + 1}, but tiny has {HIDDEN}"):
         make(tmp_path, {"method": "omnisift"}, init_from=str(folder))
 
 
@@ -144,17 +150,3 @@ def test_a_drawn_ratio_and_a_fixed_split_exclude_each_other(tmp_path: Path):
     config.train.ratio = RatioSection(min=0.2, max=0.4)
     with pytest.raises(ConfigError, match=r"audio_ratio and train\.ratio exclude"):
         make_compressor(config, HIDDEN)
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_missing_media_show_before_the_model_is_loaded(tmp_path: Path, split: str):
-    (tmp_path / "there.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
-    (tmp_path / "gone.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "<video>Hi"}], "videos": ["gone.mp4"]}'
-    )
-    config = make_config(tmp_path)
-    config.model.path = str(tmp_path / "nowhere")
-    config.data.train = config.data.val = str(tmp_path / "there.jsonl")
-    setattr(config.data, split, str(tmp_path / "gone.jsonl"))
-    with pytest.raises(ManifestError, match=r"gone\.mp4"):
-        build_trainer(config, Alone())

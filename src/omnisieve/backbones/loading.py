@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from omnisieve.backbones.adapter import BackboneError
-from omnisieve.backbones.families import FAMILIES, family_of
+from omnisieve.backbones.families import FAMILIES, Family, family_of
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -52,20 +52,7 @@ def load_backbone(
     """
     if dtype not in ("float32", "bfloat16"):
         raise BackboneError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'")
-    found = Path(path).is_dir()
-    if (found or _is_path(path)) and not (Path(path) / "config.json").is_file():
-        reason = "has no config.json" if found else "is no folder that exists"
-        raise BackboneError(f"{path} {reason}; give the folder of a model, or its name on the hub")
-    try:
-        model_type = PretrainedConfig.get_config_dict(str(path))[0].get("model_type")
-    except OSError as error:
-        raise BackboneError(
-            f"{path} is neither a folder nor a model that the hub, or its local cache, has: {error}"
-        ) from error
-    family = family_of(model_type)
-    if family is None:
-        known = ", ".join(name for family in FAMILIES for name in family.model_types)
-        raise BackboneError(f"{path} is a {model_type!r}; supported are {known}")
+    family = find_model(path)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     model: Any
     try:
@@ -80,6 +67,38 @@ def load_backbone(
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def find_model(path: str | Path) -> Family:
+    """The family of a model, by its config.json.
+
+    Raises:
+        BackboneError: there is no such model, or it is another one.
+    """
+    found = Path(path).is_dir()
+    if (found or _is_path(path)) and not (Path(path) / "config.json").is_file():
+        reason = "has no config.json" if found else "is no folder that exists"
+        raise BackboneError(f"{path} {reason}; give the folder of a model, or its name on the hub")
+    try:
+        model_type = PretrainedConfig.get_config_dict(str(path))[0].get("model_type")
+    except OSError as error:
+        raise BackboneError(
+            f"{path} is neither a folder nor a model that the hub, or its local cache, has: {error}"
+        ) from error
+    family = family_of(model_type)
+    if family is None:
+        known = ", ".join(name for family in FAMILIES for name in family.model_types)
+        raise BackboneError(f"{path} is a {model_type!r}; supported are {known}")
+    return family
+
+
+def hidden_size_of(path: str | Path) -> int:
+    """D of a model's embeddings, by its config.json: known long before the model is loaded.
+
+    Raises:
+        BackboneError: see `find_model`.
+    """
+    return find_model(path).thinker.config_class.from_pretrained(str(path)).text_config.hidden_size
 
 
 def _is_path(path: str | Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
 from omnisieve.backbones.adapter import Adapter, BackboneError
 from omnisieve.config import MediaSection
@@ -32,14 +32,8 @@ def media_loader(path: str | Path, adapter: Adapter, media: MediaSection, *, use
         BackboneError: the folder holds no processor.
         FeatureCacheError: the cache was made with other settings or encoders.
     """
-    try:
-        processor = AutoProcessor.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"{path} holds no processor ({error}); copy the processor's files beside the weights"
-        ) from error
     preprocessor = Preprocessor(
-        processor,
+        load_processor(path),
         adapter.token_rules(),
         min_pixels=media.min_pixels,
         max_pixels=media.max_pixels,
@@ -55,6 +49,20 @@ def media_loader(path: str | Path, adapter: Adapter, media: MediaSection, *, use
     if use_cache and media.feature_cache is not None:
         loader.cache = FeatureCache(media.feature_cache, loader.preprocessing(encoder_fingerprint(adapter)))
     return loader
+
+
+def load_processor(path: str | Path) -> ProcessorMixin:
+    """The stock processor of a model.
+
+    Raises:
+        BackboneError: the folder holds none.
+    """
+    try:
+        return AutoProcessor.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"{path} holds no processor ({error}); copy the processor's files beside the weights"
+        ) from error
 
 
 def encoder_fingerprint(adapter: Adapter) -> str:

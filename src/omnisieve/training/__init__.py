@@ -1,6 +1,7 @@
 """Training of compressors with DeepSpeed."""
 
 from omnisieve.training.build import USER_ERRORS, build_trainer
+from omnisieve.training.checks import check_run
 from omnisieve.training.distributed import Ranks, connect, leave
 from omnisieve.training.errors import CheckpointError, TrainingError
 from omnisieve.training.objective import TrainingModule
@@ -14,6 +15,7 @@ __all__ = [
     "TrainingError",
     "TrainingModule",
     "build_trainer",
+    "check_run",
     "connect",
     "leave",
 ]

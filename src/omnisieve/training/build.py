@@ -29,7 +29,7 @@ from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import sharded_loading
 from omnisieve.training.errors import TrainingError
 from omnisieve.training.objective import TrainingModule
-from omnisieve.training.streams import check_manifests, open_streams
+from omnisieve.training.streams import open_streams
 from omnisieve.training.trainer import Trainer
 
 USER_ERRORS = (ConfigError, BackboneError, CompressorError, DataError, TrainingError)
@@ -41,9 +41,9 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
 
     Raises:
         ConfigError: the compressor's section does not fit its method.
-        BackboneError, CompressorError, DataError: what the configuration names is not there or does not fit.
+        BackboneError, CompressorError, DataError: what the configuration names is not there or does not fit. Most of
+            it `check_run` says earlier.
     """
-    check_manifests(config.data)
     if not ranks.is_first:
         disable_progress_bar()
     with sharded_loading(config):
@@ -106,6 +106,11 @@ def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
     compressor = load_compressor(start, **settings)
     if compressor.name != method.name:
         raise ConfigError(f"train.init_from: {start} holds {compressor.name}, compressor.method is {method.name}")
+    if compressor.hidden_size != hidden_size:
+        raise ConfigError(
+            f"train.init_from: {start} is for hidden size {compressor.hidden_size}, but {config.model.path} has "
+            f"{hidden_size}"
+        )
     return compressor
 
 

@@ -116,42 +116,8 @@ class CheckpointStore:
         return target
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint that `train.resume` means.
-
-        Args:
-            resume: "auto": the latest one, None if there is none; "never": None; else the path of a checkpoint.
-
-        Raises:
-            CheckpointError: the path is no checkpoint; or the run's folder holds another run, whose checkpoints and
-                exports would be taken for those of this one.
-        """
-        found = self._named(resume)
-        latest = f"{FOLDER}/{LATEST_FILE}"
-        remains = [name for name in (latest, LAST, BEST) if (self._directory / name).exists()]
-        if resume == "auto" and remains == [BEST]:
-            return found  # a run that was cut short before its first checkpoint begins again
-        if remains and (found is None or found.parent.resolve() != self.folder.resolve()):
-            go_on = ", or go on with that run by train.resume=auto" if latest in remains else ""
-            raise CheckpointError(
-                f"{self._directory} holds {', '.join(remains)} of another run, and train.resume is {resume}: choose "
-                f"another output_dir or move the folder away{go_on}"
-            )
-        return found
-
-    def _named(self, resume: str) -> Path | None:
-        if resume == "never":
-            return None
-        if resume != "auto":
-            path = Path(resume)
-            if not (path / MANIFEST_FILE).is_file():
-                raise CheckpointError(f"train.resume: {path} is no checkpoint; name a folder checkpoint-STEP")
-            return path
-        latest = self.folder / LATEST_FILE
-        if not latest.is_file():
-            return None
-        path = self.folder / latest.read_text(encoding="utf-8").strip()
-        replaced = self.folder / f".replaced-{path.name}"
-        return replaced if replaced.is_dir() and not path.exists() else path
+        """See `find_checkpoint`."""
+        return find_checkpoint(self._directory, resume)
 
     def load(self, engine: Any, path: Path) -> dict[str, Any]:
         """Bring the engine and this rank's random generators to where they were.
@@ -203,6 +169,47 @@ class CheckpointStore:
         for path in older[: max(len(older) + 1 - self._limit, 0)]:
             # Under its own name a checkpoint is never there in part.
             shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
+
+
+def find_checkpoint(directory: Path, resume: str) -> Path | None:
+    """The checkpoint that `train.resume` means.
+
+    Args:
+        directory: the run's folder.
+        resume: "auto": the latest one, None if there is none; "never": None; else the path of a checkpoint.
+
+    Raises:
+        CheckpointError: the path is no checkpoint; or the run's folder holds another run, whose checkpoints and
+            exports would be taken for those of this one.
+    """
+    found = _named(directory / FOLDER, resume)
+    latest = f"{FOLDER}/{LATEST_FILE}"
+    remains = [name for name in (latest, LAST, BEST) if (directory / name).exists()]
+    if resume == "auto" and remains == [BEST]:
+        return found  # a run that was cut short before its first checkpoint begins again
+    if remains and (found is None or found.parent.resolve() != (directory / FOLDER).resolve()):
+        go_on = ", or go on with that run by train.resume=auto" if latest in remains else ""
+        raise CheckpointError(
+            f"{directory} holds {', '.join(remains)} of another run, and train.resume is {resume}: choose "
+            f"another output_dir or move the folder away{go_on}"
+        )
+    return found
+
+
+def _named(folder: Path, resume: str) -> Path | None:
+    if resume == "never":
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        if not (path / MANIFEST_FILE).is_file():
+            raise CheckpointError(f"train.resume: {path} is no checkpoint; name a folder checkpoint-STEP")
+        return path
+    latest = folder / LATEST_FILE
+    if not latest.is_file():
+        return None
+    path = folder / latest.read_text(encoding="utf-8").strip()
+    replaced = folder / f".replaced-{path.name}"
+    return replaced if replaced.is_dir() and not path.exists() else path
 
 
 def verify(path: Path) -> None:

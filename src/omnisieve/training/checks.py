@@ -1,0 +1,58 @@
+"""What is wrong with a run, as far as it can be known before processes connect and the LLM is loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from omnisieve.backbones.loading import hidden_size_of
+from omnisieve.backbones.media import load_processor
+from omnisieve.config import ConfigError, TrainConfig
+from omnisieve.data.feature_shards import INDEX
+from omnisieve.training.build import make_compressor
+from omnisieve.training.checkpoint import find_checkpoint
+from omnisieve.training.errors import writing
+from omnisieve.training.streams import check_manifests
+from omnisieve.training.trainer import CONFIG_FILE
+
+
+def check_run(config: TrainConfig) -> None:
+    """Look at everything that needs neither the other processes nor the LLM, manifests last: they may be long.
+
+    Raises:
+        ConfigError, BackboneError, CompressorError, DataError: what the configuration names is not there or does not
+            fit.
+        CheckpointError: the checkpoint to resume from is not there, or the run's folder holds another run.
+        OutputError: the run's folder cannot be written.
+    """
+    make_compressor(config, hidden_size_of(config.model.path))
+    load_processor(config.model.path)
+    find_checkpoint(Path(config.output_dir), config.train.resume)
+    check_cache(config.data.feature_cache)
+    check_manifests(config.data)
+    check_writable(Path(config.output_dir))
+
+
+def check_cache(folder: str | None) -> None:
+    """Look for a feature cache; how it was made can be compared only with the encoders loaded.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if folder is not None and not (Path(folder) / INDEX).is_file():
+        raise ConfigError(
+            f"data.feature_cache: {folder} holds no finished feature cache; make it with tools/cache_features.py, or "
+            "set data.feature_cache=null to decode and encode in every epoch"
+        )
+
+
+def check_writable(directory: Path) -> None:
+    """Make the run's folder and write something there.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with writing("the configuration", directory / CONFIG_FILE):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
