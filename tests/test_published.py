@@ -243,6 +243,7 @@ def test_a_checkpoint_of_seventeen_gigabytes_costs_little_memory(tmp_path: Path)
     imported = import_omnisift(tmp_path)
     assert resident_bytes() - before < 200e6
     assert torch.equal(imported.get_parameter("selector.v_proj.bias"), tensors[f"{PREFIX}v_proj.bias"])
+    (tmp_path / SINGLE_FILE).unlink()
 
 
 def resident_bytes() -> int:
