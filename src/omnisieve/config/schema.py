@@ -63,7 +63,7 @@ class MediaSection:
     decode_seconds: float = option(60.0, "a file that takes longer to decode counts as broken")
     workers: int = option(2, "decoding processes per rank; raise it while the log shows data wait")
     feature_cache: str | None = option(
-        None, "folder of tools/cache_features.py; saves decoding and encoders, takes about 100 MB per minute of video"
+        None, "folder of tools/cache_features.py; saves decoding and encoders; at 7B, up to 150 MB per minute of video"
     )
     feature_cache_dtype: Literal["bfloat16", "float32", "int8"] | None = option(
         None,
@@ -246,8 +246,8 @@ class TrainSection:
         None,
         "training-free method to start as, such as stvp: untrained, the compressor keeps what that keeps, and its "
         "selection is computed in every step (fields in compressor.base_settings); or one inside the LLM, such as "
-        "seats, whose order warm_start teaches; or the folder of an exported compressor, to go on from its weights "
-        "with a fresh optimiser",
+        "seats, whose order warm_start teaches; or the folder of an exported compressor, or its OWNER/NAME on the hub, "
+        "to go on from its weights with a fresh optimiser",
     )
     warm_start: WarmStartSection = section(WarmStartSection)
 
@@ -303,7 +303,9 @@ class EvalConfig:
     manifest: str = option(MISSING, "JSONL manifest with questions and answers")
     benchmark: str = option("manifest", "its name in the report")
     methods: list[str] = option(
-        MISSING, "names of methods, folders of exported compressors (either also as X@PRESET), or keys of settings"
+        MISSING,
+        "names of methods, folders of exported compressors or their OWNER/NAME on the hub (all also as X@PRESET), or "
+        "keys of settings",
     )
     plugins: list[str] = option([], "Python files that register further methods; CONTRIBUTING.md shows one")
     also: list[str] = option([], "further methods, beside those of a recipe; a compressor of your own, for example")
