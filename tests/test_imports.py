@@ -1,7 +1,8 @@
 """The import rule: every part of the package uses only what stands below it.
 
 entry points and tools -> training, evaluation -> artifact, backbones -> compressors -> plan -> layout -> ops;
-`config` and `data` stand on the ground floor, and `data` knows `layout` only. Model classes are known to `backbones`.
+`config` and `data` stand on the ground floor, and `data` knows `layout` and `files` only. Model classes are known to
+`backbones`.
 """
 
 import ast

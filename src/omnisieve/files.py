@@ -20,3 +20,10 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a finished file its name, in the same file system: after a crash it is there whole, or not at all."""
+    flush(temporary)
+    temporary.replace(target)
+    flush(target.parent)

@@ -11,6 +11,10 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen2_5OmniThinkerConfig, Qwen3OmniMoeThinkerConfig
 
+from omnisieve.backbones.families import family_of
+from omnisieve.config import MediaSection
+from omnisieve.data.feature_shards import stored_bytes
+
 _QWEN2_5_TEXT = {
     "qwen2_5_omni_7b": {
         "hidden_size": 3584,
@@ -51,6 +55,7 @@ _VISION_TOKENS = {
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
 }
+_MEL_FRAMES_PER_SECOND = 100
 
 
 def reference_config(name: str) -> PretrainedConfig:
@@ -67,6 +72,26 @@ def reference_config(name: str) -> PretrainedConfig:
     if name in _QWEN3_TEXT:
         return _qwen3(_QWEN3_TEXT[name])
     raise ValueError(f"no reference shapes for {name!r}; known are {', '.join(SHAPES)}")
+
+
+def cache_bytes(name: str, stored: str, seconds: float = 60.0, media: MediaSection | None = None) -> int:
+    """At most so large is one video with sound in a feature cache without statistics.
+
+    Args:
+        name: of a released model, see `reference_config`.
+        stored: "bfloat16", "float32" or "int8".
+        seconds: length of the video.
+        media: how it is sampled; the defaults when None. Its frames are taken to be as large as it allows.
+    """
+    config, media = reference_config(name), media or MediaSection()
+    family = family_of(config.model_type)
+    assert family is not None, "there are shapes of supported families only"
+    rules, vision = family.token_rules(config), config.vision_config
+    grids = -(-min(int(seconds * media.fps), media.max_frames) // rules.temporal_patch_size)
+    video = grids * (media.max_pixels // (vision.patch_size * rules.spatial_merge_size) ** 2)
+    audio = rules.audio_tokens(int(min(seconds, media.audio.max_seconds) * _MEL_FRAMES_PER_SECOND))
+    layers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    return stored_bytes(video * layers + audio, config.text_config.hidden_size, stored)
 
 
 def _qwen2_5(text: dict[str, Any]) -> PretrainedConfig:
