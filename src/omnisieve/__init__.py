@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omnisieve.artifact import load_compressor, push_compressor, save_compressor
-    from omnisieve.backbones import attach, load_backbone
+    from omnisieve.backbones.attach import attach
+    from omnisieve.backbones.loading import load_backbone
     from omnisieve.compressors import Compressor, build_compressor, list_compressors, list_presets
 
 __version__ = "0.1.0"
