@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from omnisieve.compressors import base
-from omnisieve.config import EvalConfig
+from omnisieve.artifact import save_compressor
+from omnisieve.compressors import base, build_compressor
+from omnisieve.config import EvalConfig, MediaSection
 from omnisieve.data.manifest import ManifestError
 from omnisieve.data.synthetic import manifest_text, write_clip
-from omnisieve.evaluation.benchmarks import ManifestBenchmark, normalise
-from omnisieve.evaluation.evaluate import evaluate, open_benchmark
-from tests.data.stock import save_qwen3
+from omnisieve.evaluation.benchmarks import normalise
+from omnisieve.evaluation.evaluate import USER_ERRORS, evaluate, open_benchmark
+from tests.data.stock import BACKBONE, save_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,8 +80,39 @@ def test_report_of_real_files_with_qwen3(config: EvalConfig, tmp_path: Path) -> 
     assert report["environment"]["seeing_test"]["passed"]
 
 
+def without_weights(folder: Path) -> str:
+    """A model that cannot be loaded."""
+    model = folder / "model"
+    shutil.copytree(BACKBONE, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    return str(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("settings", {"random": {"sead": 3}}, "random has no setting 'sead'; did you mean 'seed'"),
+        ("settings", {"random": {"retained_ratio": "0.3"}}, "random: retained_ratio is '0.3', of type str"),
+        ("settings", {"oracle": {"at": {0.25: {"seed": 1}}}}, "oracle has no setting 'seed'"),
+        ("also", ["narrow/"], "narrow/ is for hidden size 8, the model has 128"),
+        ("manifest", "unanswered.jsonl", "no user turn that is followed by an answer"),
+        ("data", MediaSection(feature_cache="nowhere"), "nowhere holds no finished feature cache"),
+    ],
+)
+def test_mistakes_show_before_the_model_is_loaded(
+    config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config.model.path = without_weights(tmp_path)
+    save_compressor(build_compressor("omnisift", hidden_size=8, retained_ratio=0.25), tmp_path / "narrow")
+    (tmp_path / "unanswered.jsonl").write_text('{"messages": [{"role": "user", "content": "Why?"}]}')
+    setattr(config, key, value)
+    with pytest.raises(USER_ERRORS) as error:
+        evaluate(config)
+    assert told in str(error.value)
+
+
 def test_missing_media_show_before_the_model_is_loaded(config: EvalConfig, tmp_path: Path) -> None:
-    config.manifest, config.model.path = str(tmp_path / "m.jsonl"), str(tmp_path / "nowhere")
+    config.manifest, config.model.path = str(tmp_path / "m.jsonl"), without_weights(tmp_path)
     question = {"role": "user", "content": "<video>What?"}
     Path(config.manifest).write_text(json.dumps({"messages": [question], "videos": ["gone.mp4"]}))
     with pytest.raises(ManifestError, match=r"gone\.mp4"):
@@ -103,11 +137,12 @@ def test_only_the_first_questions_of_a_clip(config: EvalConfig) -> None:
     assert [q.meta["question"] for q in clip.questions] == [q.meta["question"] for q in whole.questions[:2]]
 
 
-def test_lines_with_the_same_id_are_refused(config: EvalConfig) -> None:
-    _, benchmark = open_benchmark(config)
-    lines = benchmark._conversations
+def test_lines_with_the_same_id_are_refused(config: EvalConfig, tmp_path: Path) -> None:
+    lines = Path(config.manifest).read_text().splitlines()
+    Path(config.manifest).with_name("twice.jsonl").write_text("\n".join([*lines, lines[0]]))
+    config.manifest, config.model.path = str(Path(config.manifest).with_name("twice.jsonl")), without_weights(tmp_path)
     with pytest.raises(ManifestError, match="two lines have the id"):
-        ManifestBenchmark("twice", [*lines, lines[0]], benchmark._loader)
+        evaluate(config)
 
 
 def test_command_line(config: EvalConfig, manifest: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -13,6 +13,7 @@ from omnisieve.backbones.adapter import Adapter, BackboneError
 from omnisieve.config import MediaSection
 from omnisieve.data.dataset import MediaLoader
 from omnisieve.data.feature_cache import FeatureCache
+from omnisieve.data.feature_shards import INDEX, FeatureCacheError
 from omnisieve.data.preprocess import Preprocessor
 
 # Values of each encoder tensor that enter its fingerprint.
@@ -49,6 +50,21 @@ def media_loader(path: str | Path, adapter: Adapter, media: MediaSection, *, use
     if use_cache and media.feature_cache is not None:
         loader.cache = FeatureCache(media.feature_cache, loader.preprocessing(encoder_fingerprint(adapter)))
     return loader
+
+
+def check_media(path: str | Path, media: MediaSection) -> None:
+    """Look for what `media_loader` needs beside the model; how a cache was made, only the encoders can tell.
+
+    Raises:
+        BackboneError: the folder holds no processor.
+        FeatureCacheError: there is no finished cache.
+    """
+    load_processor(path)
+    if media.feature_cache is not None and not (Path(media.feature_cache) / INDEX).is_file():
+        raise FeatureCacheError(
+            f"data.feature_cache: {media.feature_cache} holds no finished feature cache; make it with "
+            "tools/cache_features.py, or set data.feature_cache=null to decode and encode every time"
+        )
 
 
 def load_processor(path: str | Path) -> ProcessorMixin:

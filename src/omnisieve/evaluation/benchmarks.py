@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -73,20 +73,12 @@ class ManifestBenchmark:
         """
         Args:
             name: in the report.
-            conversations: e.g. a `Manifest`; lines without a question are skipped.
+            conversations: see `with_questions`.
             loader: reads the media of each line once for all its questions.
             questions_per_clip: ask only the first so many of each; None asks all.
-
-        Raises:
-            ManifestError: no questions, or two lines have the same id.
         """
         self.name = name
-        self._conversations = [c for c in conversations if any(True for _ in c.questions())]
-        ids = Counter(c.id for c in self._conversations)
-        if not ids:
-            raise ManifestError(f"{name}: the manifest has no user turn that is followed by an answer")
-        if ids.most_common(1)[0][1] > 1:
-            raise ManifestError(f"{name}: two lines have the id {ids.most_common(1)[0][0]!r}; ids must be unique")
+        self._conversations = conversations
         self._loader = loader
         self._questions_per_clip = questions_per_clip
         self._tokenizer = loader.preprocessor.tokenizer
@@ -115,6 +107,25 @@ class ManifestBenchmark:
 
     def is_correct(self, predicted: str, expected: str) -> bool:
         return normalise(predicted) == normalise(expected)
+
+
+def with_questions(name: str, conversations: Iterable[Conversation]) -> list[Conversation]:
+    """The lines of a manifest that ask something.
+
+    Args:
+        name: of the benchmark.
+        conversations: e.g. a `Manifest`.
+
+    Raises:
+        ManifestError: no questions, or two lines have the same id.
+    """
+    asking = [c for c in conversations if any(True for _ in c.questions())]
+    ids = Counter(c.id for c in asking)
+    if not ids:
+        raise ManifestError(f"{name}: the manifest has no user turn that is followed by an answer")
+    if ids.most_common(1)[0][1] > 1:
+        raise ManifestError(f"{name}: two lines have the id {ids.most_common(1)[0][0]!r}; ids must be unique")
+    return asking
 
 
 def normalise(text: str) -> str:

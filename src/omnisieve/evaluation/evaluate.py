@@ -12,13 +12,14 @@ import transformers
 
 from omnisieve import __version__
 from omnisieve.backbones import BackboneError, adapter_for, load_backbone
-from omnisieve.backbones.media import media_loader
+from omnisieve.backbones.loading import hidden_size_of
+from omnisieve.backbones.media import check_media, media_loader
 from omnisieve.compressors import CompressorError
 from omnisieve.config import ConfigError, EvalConfig
 from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import Manifest
-from omnisieve.evaluation.benchmarks import Benchmark, ManifestBenchmark
-from omnisieve.evaluation.methods import Method, resolve_methods
+from omnisieve.evaluation.benchmarks import Benchmark, ManifestBenchmark, with_questions
+from omnisieve.evaluation.methods import Method, check_methods, resolve_methods
 from omnisieve.evaluation.report import Cell, EvaluationError, make_report
 from omnisieve.evaluation.runner import Evaluation, Results
 
@@ -36,6 +37,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
         BackboneError, CompressorError, DataError: what the configuration names is not there or does not fit.
     """
     methods = resolve_methods(config.entries, config.settings, config.plugins)
+    check_methods(methods, config.ratios, hidden_size_of(config.model.path))
     model, benchmark = open_benchmark(config)
     results = run(config, model, benchmark, methods)
     report = make_report(
@@ -56,13 +58,14 @@ def open_benchmark(config: EvalConfig) -> tuple[Any, ManifestBenchmark]:
     Raises:
         BackboneError, DataError: what the configuration names is not there or does not fit.
     """
-    # Before the model is loaded: a missing file should show at once.
+    # Before the model is loaded: what is missing should show at once.
+    check_media(config.model.path, config.data)
     manifest = Manifest(config.manifest)
     manifest.check(config.limit)
+    clips = with_questions(config.benchmark, manifest[: config.limit])
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation, device)
     loader = media_loader(config.model.path, adapter_for(model), config.data)
-    clips = manifest[: config.limit]
     return model, ManifestBenchmark(config.benchmark, clips, loader, questions_per_clip=config.questions_per_clip)
 
 

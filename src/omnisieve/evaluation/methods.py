@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omnisieve.artifact import is_artifact, load_compressor, locate, read_config
-from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type, find_preset
+from omnisieve.compressors import (
+    Compressor,
+    CompressorError,
+    UnreachableRatioError,
+    build_compressor,
+    compressor_type,
+    find_preset,
+)
 from omnisieve.compressors.plugins import load_plugin
 from omnisieve.compressors.presets import Preset
 from omnisieve.compressors.ratios import RATIOS
@@ -104,6 +112,25 @@ def resolve_methods(
             compressor_type(key)
     # All tokens come first, the others are shares of them.
     return sorted(methods, key=lambda method: method.kind != "full")
+
+
+def check_methods(methods: Sequence[Method], ratios: Sequence[float], hidden_size: int) -> None:
+    """Build every compressor once, before the LLM is there.
+
+    Args:
+        methods: see `resolve_methods`.
+        ratios: asked of each method; what a method cannot reach makes a row that says so.
+        hidden_size: D of the LLM.
+
+    Raises:
+        CompressorError: settings that a method does not have, values that cannot be, or a compressor for another LLM.
+    """
+    for method in methods:
+        for ratio in method.ratios(ratios):
+            with suppress(UnreachableRatioError):
+                width = getattr(method.build(ratio), "hidden_size", hidden_size)
+                if width != hidden_size:
+                    raise CompressorError(f"{method.label} is for hidden size {width}, the model has {hidden_size}")
 
 
 def _resolve(label: str, settings: dict[str, Any]) -> Method:

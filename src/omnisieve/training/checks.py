@@ -6,9 +6,8 @@ import tempfile
 from pathlib import Path
 
 from omnisieve.backbones.loading import hidden_size_of
-from omnisieve.backbones.media import load_processor
-from omnisieve.config import ConfigError, TrainConfig
-from omnisieve.data.feature_shards import INDEX
+from omnisieve.backbones.media import check_media
+from omnisieve.config import TrainConfig
 from omnisieve.training.build import make_compressor
 from omnisieve.training.checkpoint import find_checkpoint
 from omnisieve.training.errors import writing
@@ -26,24 +25,10 @@ def check_run(config: TrainConfig) -> None:
         OutputError: the run's folder cannot be written.
     """
     make_compressor(config, hidden_size_of(config.model.path))
-    load_processor(config.model.path)
+    check_media(config.model.path, config.data)
     find_checkpoint(Path(config.output_dir), config.train.resume)
-    check_cache(config.data.feature_cache)
     check_manifests(config.data)
     check_writable(Path(config.output_dir))
-
-
-def check_cache(folder: str | None) -> None:
-    """Look for a feature cache; how it was made can be compared only with the encoders loaded.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if folder is not None and not (Path(folder) / INDEX).is_file():
-        raise ConfigError(
-            f"data.feature_cache: {folder} holds no finished feature cache; make it with tools/cache_features.py, or "
-            "set data.feature_cache=null to decode and encode in every epoch"
-        )
 
 
 def check_writable(directory: Path) -> None:
