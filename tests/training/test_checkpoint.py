@@ -229,20 +229,31 @@ def test_what_changes_no_gradient_may_change(tmp_path: Path):
     changes = (
         "train.max_steps=20", "train.stop_at=15", "train.log_every=1", "train.eval_every=7", "train.save_every=3",
         "train.save_total_limit=9", "train.resume=never", "train.gradient_checkpointing=true", "data.workers=9",
-        "data.feature_cache=cache", "output_dir=moved", "model.attn_implementation=eager", "train.max_bad_steps=9",
+        "data.feature_cache=cache", "data.feature_cache_dtype=int8",
+        "output_dir=moved", "model.attn_implementation=eager", "train.max_bad_steps=9",
         "train.watchdog_seconds=60",
     )  # fmt: skip
     assert store_of(tmp_path, *changes).load(Engine(), path)["step"] == 1
 
 
-def store_of(folder: Path, *overrides: str) -> CheckpointStore:
+@pytest.mark.parametrize(("before", "after"), [(None, "int8"), ("int8", None), ("int8", "bfloat16")])
+def test_features_rounded_in_another_way_are_another_run(tmp_path: Path, before: str | None, after: str | None):
+    path = store_of(tmp_path, rounding=before).save(Engine(), 1, {})
+    told = f"rounding of cached features was {before}, is {after}"
+    with pytest.raises(CheckpointError, match=told):
+        store_of(tmp_path, rounding=after).load(Engine(), path)
+    assert store_of(tmp_path, rounding=before).load(Engine(), path)["step"] == 1
+
+
+def store_of(folder: Path, *overrides: str, rounding: str | None = None) -> CheckpointStore:
     """The checkpoints of a run with this configuration."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         "{model: {path: m}, compressor: {method: omnisift, width: 16}, data: {train: t}, output_dir: o, "
         "train: {max_steps: 10, estimator: {route: hard_drop}}}"
     )
-    return CheckpointStore(folder, Alone(), identity=run_identity(read_config(TrainConfig, recipe, overrides)))
+    identity = run_identity(read_config(TrainConfig, recipe, overrides), rounding)
+    return CheckpointStore(folder, Alone(), identity=identity)
 
 
 def test_what_resume_means(tmp_path: Path):

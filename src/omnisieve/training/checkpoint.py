@@ -40,7 +40,7 @@ _FREE = {
     "data.recycle_after",
     "data.decode_seconds",
     "data.feature_cache",
-    "data.feature_cache_dtype",  # of writing; what is read says how it was rounded, see `Trainer`
+    "data.feature_cache_dtype",  # of writing one; `run_identity` has the rounding of the one that is read
     *(f"train.{name}" for name in ("max_steps", "stop_at", "resume", "gradient_checkpointing")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_total_limit")),
     *(f"train.{name}" for name in ("max_bad_steps", "watchdog_seconds")),
@@ -49,9 +49,15 @@ _FREE = {
 }
 
 
-def run_identity(config: TrainConfig) -> dict[str, Any]:
-    """Dotted keys and values of a configuration that must be the same in a run that resumes."""
-    return {key: value for key, value in _flat(asdict(config)) if key not in _FREE}
+def run_identity(config: TrainConfig, rounding: str | None = None) -> dict[str, Any]:
+    """What must be the same in a run that resumes: dotted keys of its configuration, and values.
+
+    Args:
+        config: of the run.
+        rounding: see `Streams`. A cache that rounds teaches something else; one that does not may come and go.
+    """
+    identity = {key: value for key, value in _flat(asdict(config)) if key not in _FREE}
+    return identity if rounding is None else {**identity, "rounding of cached features": rounding}
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -30,12 +30,14 @@ class Streams:
         val: this rank's share of the validation split; None without one. Every rank has as many batches as the
             others; beside a batch stands whether it counts, or only keeps step with the others.
         probes: clips of `val` that are looked at more closely, by id, each with a way to decode it.
+        rounding: the dtype that cached features were rounded to; None if they are what the encoders give.
     """
 
     train: Iterable[Batch]
     sampler: StreamSampler
     val: Iterable[tuple[Batch, bool]] | None = None
     probes: Mapping[str, Callable[[], ClipMedia]] = field(default_factory=dict)
+    rounding: str | None = None
 
 
 def check_manifests(data: DataSection) -> None:
@@ -65,7 +67,8 @@ def open_streams(data: DataSection, train: TrainSection, media: MediaLoader, ran
         counts = [counted for _, counted in shards]
         val = _Counted(_loader(held_out, [indices for indices, _ in shards], data, train, ranks), counts)
         probes = probe_clips(held_out, train.probe_clips)
-    return Streams(_loader(dataset, sampler, data, train, ranks), sampler, val, probes)
+    rounding = None if media.cache is None else media.cache.rounding
+    return Streams(_loader(dataset, sampler, data, train, ranks), sampler, val, probes, rounding)
 
 
 def val_shards(size: int, batch_size: int, *, rank: int, world_size: int) -> list[tuple[list[int], bool]]:

@@ -71,7 +71,7 @@ class Trainer:
         self._store = CheckpointStore(
             self._directory,
             ranks,
-            identity=run_identity(config),
+            identity=run_identity(config, streams.rounding),
             limit=config.train.save_total_limit,
         )
         self._bad_samples = BadSamples(self._directory, ranks)
