@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -30,6 +31,15 @@ def loading_in_shards(settings: dict[str, Any]) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del marker
+
+
+def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """A context in which a parameter that is spread over the ranks is whole; all ranks enter it together."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed  # slow, and needed by a training alone
+
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def load_backbone(

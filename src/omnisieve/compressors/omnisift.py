@@ -198,7 +198,8 @@ class OmniSift(LearnedCompressor):
     def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
         """By logits, through which gradients flow. See `Compressor.rank`."""
         base_video, base_audio = self.base_order(embeds, layout, needs)
-        embeds = embeds.to(self.selector.v_proj.weight.dtype)
+        # A weight that is read by name would be fetched from all ranks under ZeRO-3.
+        embeds = embeds.to(next(self.selector.parameters()).dtype)
         projected = self.selector.project_video(embeds)
         if self.pruner is None:
             video = self.ranked(Modality.VIDEO, spatiotemporal_saliency(embeds, layout), layout)

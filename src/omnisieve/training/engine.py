@@ -8,11 +8,12 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from omnisieve.backbones.loading import loading_in_shards
+from omnisieve.backbones.loading import loading_in_shards, whole
 from omnisieve.config import TrainConfig, TrainSection
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import warmup_cosine
@@ -24,6 +25,8 @@ def build_engine(module: TrainingModule, config: TrainConfig) -> Any:
     if trains_in_bfloat16(config):
         # Here and not by DeepSpeed, which leaves it as it is beside an LLM that was loaded in shards.
         module.compressor.to(torch.bfloat16)
+    # It reads weights of its output layer without calling that layer: ZeRO-3 has to fetch them with its own.
+    set_z3_leaf_modules(module.compressor, [nn.MultiheadAttention], raise_if_not_found=False)
     optimizer = AdamW(parameter_groups(module, train))
     warmup = round(train.warmup_ratio * train.max_steps)
 
@@ -103,18 +106,16 @@ def learning_rates(engine: Any) -> dict[str, float]:
     return {group["owner"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
-def collect(engine: Any, parameters: Mapping[str, nn.Parameter], *, keep: bool) -> dict[str, Tensor]:
+def collect(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> dict[str, Tensor]:
     """Copies of whole parameters on the host, whatever the ZeRO stage; one at a time, so that memory stays flat.
 
     Args:
-        engine: DeepSpeed's; all ranks call this.
-        parameters: by name.
+        parameters: by name; all ranks call this.
         keep: whether this rank wants them; the others get none.
     """
-    sharded = engine.zero_optimization_stage() == 3
     copies = {}
     for name, parameter in parameters.items():
-        with deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext():
+        with whole(parameter):
             if keep:
                 copies[name] = parameter.detach().to("cpu", copy=True)
     return copies

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from omnisieve.artifact import save_compressor
@@ -20,14 +21,11 @@ from omnisieve.training.objective import TrainingModule
 from omnisieve.tuned_llm import TunedLlm
 
 
-def export(
-    engine: Any, module: TrainingModule, folder: Path, config: TrainConfig, card: Mapping[str, Any], ranks: Ranks
-) -> None:
+def export(module: TrainingModule, folder: Path, config: TrainConfig, card: Mapping[str, Any], ranks: Ranks) -> None:
     """Write a folder for `load_compressor`; what it replaces stays until it is whole. All ranks call this.
 
     Args:
-        engine: DeepSpeed's.
-        module: what it trains.
+        module: what trains.
         folder: to write.
         config: of the run.
         card: provenance.
@@ -37,11 +35,12 @@ def export(
         OutputError: it cannot be written.
     """
     first = ranks.is_first
-    weights = collect(engine, dict(module.compressor.named_parameters()), keep=first)
-    llm = collect(engine, trainable(module.adapter), keep=first)
+    weights = collect(dict(module.compressor.named_parameters()), keep=first)
+    llm = collect(trainable(module.adapter), keep=first)
     if first:
         also = tuned_llm(llm, config).save if llm else None
-        with writing("the compressor", folder):
+        # Compressors that are made to be written and read back draw numbers, which a resumed run would not.
+        with torch.random.fork_rng(devices=[]), writing("the compressor", folder):
             save_compressor(whole(module.compressor, weights), folder, card=card, also=also)
     ranks.barrier()
 

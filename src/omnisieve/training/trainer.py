@@ -339,4 +339,4 @@ class Trainer:
             "seed": self._train.seed,
             **{f"validation {key}": round(value, 4) for key, value in scores.items()},
         }
-        export(self.engine, self.module, self._directory / name, self._config, card, self._ranks)
+        export(self.module, self._directory / name, self._config, card, self._ranks)
