@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoProcessor, ProcessorMixin
 
 from omnisieve.backbones.adapter import Adapter, BackboneError
+from omnisieve.backbones.loading import whole
 from omnisieve.config import MediaSection
 from omnisieve.data.dataset import MediaLoader
 from omnisieve.data.feature_cache import FeatureCache
@@ -94,7 +95,8 @@ def encoder_fingerprint(adapter: Adapter) -> str:
 
 def _add(digest: hashlib._Hash, tower: nn.Module) -> None:
     for name, value in sorted(tower.named_parameters()):
-        flat = value.detach().flatten()
-        sample = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].to("cpu", torch.float32).contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        with whole(value):
+            flat = value.detach().flatten()
+            sample = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].to("cpu", torch.float32).contiguous()
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(sample.numpy().tobytes())
