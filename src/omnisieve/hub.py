@@ -52,7 +52,8 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None) -> Pa
     except RevisionNotFoundError as error:
         raise HubError(f"{repo} on the hub has no revision {revision!r}") from error
     except (OSError, HTTPError) as error:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be asked: {error}"
+        unreachable = f"{constants.ENDPOINT} cannot be asked: {_reason(error)}"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable
         reason = f"the hub's local cache {constants.HF_HUB_CACHE} does not have it, and {why}"
         raise HubError(_NOT_FOUND.format(repo, reason)) from error
 
@@ -81,6 +82,11 @@ def upload(folder: Path, repo: str, patterns: Sequence[str], message: str, priva
         )
     except (OSError, HTTPError, HFValidationError) as error:
         raise HubError(
-            f"{repo} cannot be written on {constants.ENDPOINT}; log in with `hf auth login` if you have not: {error}"
+            f"{repo} cannot be written on {constants.ENDPOINT}; log in with `hf auth login` if you have not: {_reason(error)}"
         ) from error
     return commit.commit_url
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong first, without the library's advice."""
+    return str(error.__cause__ or error).partition("\n")[0]
