@@ -82,7 +82,8 @@ def upload(folder: Path, repo: str, patterns: Sequence[str], message: str, priva
         )
     except (OSError, HTTPError, HFValidationError) as error:
         raise HubError(
-            f"{repo} cannot be written on {constants.ENDPOINT}; log in with `hf auth login` if you have not: {_reason(error)}"
+            f"{repo} cannot be written on {constants.ENDPOINT}; log in with `hf auth login` if you have not: "
+            f"{_reason(error)}"
         ) from error
     return commit.commit_url
 
