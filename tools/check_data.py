@@ -7,8 +7,9 @@
 Files are probed: packets and the first frame are read; --decode reads them as training would, which also finds damage
 inside. With a recipe, tokens per sample are counted before and after its compressor; no frame is decoded for it.
 
-Writes files.jsonl, samples.jsonl and summary.md into MANIFEST.check, or --report. A second run looks only at files that
-are new, changed or broken. Exit status 1: something is broken.
+Writes files.jsonl, samples.jsonl and summary.md into MANIFEST.check, or --report; with a recipe also sizes.jsonl, which
+its train.group_by_length can name. A second run looks only at files that are new, changed or broken. Exit status 1:
+something is broken.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ from omnisieve.data.dataset import LoadedMedium, MediaLoader
 from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import Manifest, ManifestError, MediaPart
 from omnisieve.data.read_ahead import ReadAhead
+from omnisieve.data.sizes import write_sizes
 from omnisieve.data.tokens import IGNORED, Run
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.training.build import make_compressor
 
-FILES, SAMPLES, SUMMARY = "files.jsonl", "samples.jsonl", "summary.md"
+FILES, SAMPLES, SIZES, SUMMARY = "files.jsonl", "samples.jsonl", "sizes.jsonl", "summary.md"
 SHOWN = 5
 
 
@@ -65,6 +67,7 @@ def main(argv: list[str]) -> int:
         sizes = {part: size_of(row) for part, row in zip(parts, files, strict=True)}
         counter = Samples(manifest, loader, compressor, sizes, args.max_tokens)
         samples = list(tqdm(ahead(counter, args.workers), total=len(counter), desc="samples", unit="sample"))
+        write_sizes(folder / SIZES, args.manifest, loader.preprocessing(""), map(sizes_of, samples))
     write_rows(folder / SAMPLES, samples)
     text = summary(args.manifest, files, samples)
     (folder / SUMMARY).write_text(text, encoding="utf-8")
@@ -200,6 +203,14 @@ class Samples(Dataset[Row]):
         budget = self.compressor.budget(layout)
         media = sum(int(layout.counts(m)[0]) for m in (Modality.VIDEO, Modality.AUDIO))
         return len(sample.input_ids) - media + int(budget.total[0])
+
+
+def sizes_of(row: Row) -> list[int] | None:
+    """Tokens of a sample: text and images, video, audio; None if it is broken."""
+    if "tokens" not in row:
+        return None
+    video, audio = (row.get(f"{name}_tokens", 0) for name in ("video", "audio"))
+    return [row["tokens"] - video - audio, video, audio]
 
 
 # Reports.

@@ -3,8 +3,9 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import time
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,19 +70,93 @@ def test_resume_with_another_number_of_ranks() -> None:
     assert [a + b for a, b in zip(take(halves[0], 6), take(halves[1], 6), strict=True)] == whole[4:]
 
 
-def test_resume_far_into_a_run_is_immediate() -> None:
-    sampler = StreamSampler(1000, 8)
-    sampler.advance(10**12)
-    start = time.perf_counter()
+@pytest.mark.parametrize("lengths", [None, np.arange(1000)])
+def test_resuming_far_into_a_run_looks_at_no_sample_before(
+    lengths: np.ndarray | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = 8 * 10**12
+    sampler = StreamSampler(1000, 4, world_size=2, lengths=lengths)
+    sampler.load_state_dict({**sampler.state_dict(), "position": far})
+    looked: list[int] = []
+    sample = sampler.sample
+    monkeypatch.setattr(sampler, "sample", lambda position: looked.append(position) or sample(position))
     take(sampler, 1)
-    assert time.perf_counter() - start < 0.1
+    assert looked == list(range(far, far + 8))
 
 
 def test_state_of_other_data_is_refused() -> None:
     state = StreamSampler(10, 2, seed=1).state_dict()
     with pytest.raises(ValueError, match="seed was 1, now it is 2"):
         StreamSampler(10, 2, seed=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="size was 10, now it is 11"):
+    with pytest.raises(ValueError, match=r"size was 10, now it is 11.*train\.group_by_length"):
         StreamSampler(11, 2, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="there are 3 lengths for 4 samples"):
+        StreamSampler(4, 1, lengths=np.ones(3))
     with pytest.raises(ValueError, match="rank 2 is not in"):
         StreamSampler(4, 1, rank=2, world_size=2)
+
+
+# By length.
+
+
+def steps(size: int, batch: int, world_size: int, accumulation: int, lengths: np.ndarray | None) -> list[np.ndarray]:
+    """Five steps from the second on, [micro-step, rank, batch] samples each."""
+    ranks = []
+    for rank in range(world_size):
+        sampler = StreamSampler(
+            size, batch, seed=5, rank=rank, world_size=world_size, accumulation=accumulation, lengths=lengths
+        )
+        sampler.advance(accumulation)
+        ranks.append(np.array(take(sampler, 5 * accumulation)))
+    return list(np.stack(ranks, axis=1).reshape(5, accumulation, world_size, batch))
+
+
+def step_seconds(step: np.ndarray, lengths: np.ndarray) -> int:
+    """What a step takes when every forward takes as long as its longest sample, and ranks wait for each other."""
+    return int(lengths[step].max(axis=(1, 2)).sum())
+
+
+def padded(step: np.ndarray, lengths: np.ndarray) -> int:
+    """Tokens of a step with padding."""
+    return int(lengths[step].max(axis=2).sum() * step.shape[2])
+
+
+spreads = st.sampled_from([(4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1), (2, 4, 1), (1, 1, 8)])
+all_lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40).map(np.array)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(all_lengths, spreads)
+def test_grouping_by_length_leaves_every_step_its_samples(lengths: np.ndarray, spread: Sequence[int]) -> None:
+    size = len(lengths)
+    plain = steps(size, *spread, lengths=None)
+    grouped = steps(size, *spread, lengths=lengths)
+    alone = steps(size, 8, 1, 1, lengths=None)
+    for one, before, after in zip(alone, plain, grouped, strict=True):
+        assert sorted(after.ravel()) == sorted(before.ravel()) == sorted(one.ravel())
+        assert padded(after, lengths) <= padded(before, lengths)
+        assert step_seconds(after, lengths) <= step_seconds(before, lengths)
+
+
+def test_ranks_take_the_longest_in_turn() -> None:
+    step = steps(16, 2, 2, 4, np.arange(16))[0]
+    np.testing.assert_array_equal(step[0], [[15, 14], [13, 12]])
+    np.testing.assert_array_equal(step[1], [[9, 8], [11, 10]])
+    assert abs(step.sum(axis=(0, 2)) @ [1, -1]) == 0
+
+
+def test_the_grouped_order_resumes_only_with_the_same_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 23)
+    options = {"seed": 3, "accumulation": 2, "lengths": lengths}
+    whole = take(StreamSampler(23, 2, **options), 20)
+    sampler = StreamSampler(23, 2, **options)
+    take(sampler, 9)
+    sampler.advance(6)
+    resumed = StreamSampler(23, 2, **options)
+    resumed.load_state_dict(sampler.state_dict())
+    assert take(resumed, 14) == whole[6:]
+    for other in (None, lengths + 1):
+        with pytest.raises(ValueError, match="lengths was"):
+            StreamSampler(23, 2, **options | {"lengths": other}).load_state_dict(sampler.state_dict())
+    with pytest.raises(ValueError, match="lengths was None"):
+        resumed.load_state_dict(StreamSampler(23, 2, seed=3).state_dict())

@@ -22,6 +22,7 @@ SPREADS = {
     1: {"batch of 4": (4, 1), "4 accumulations": (1, 4), "2 x 2": (2, 2)},
     2: {"2 ranks x 2": (2, 1), "2 ranks x 2 accumulations": (1, 2)},
 }
+GROUPED = ("2 x 2", "2 ranks x 2", "2 ranks x 2 accumulations")
 PEAK = 1e-2
 
 
@@ -46,6 +47,9 @@ def job(ranks: Ranks, folder: Path) -> dict[str, Any]:
     for name, (size, accumulate) in SPREADS[ranks.world_size].items():
         options = {"micro_batch_size": size, "gradient_accumulation_steps": accumulate}
         found[name] = first_step(ranks, folder / name, max_grad_norm=1e9, **options)
+        if name in GROUPED:
+            by_length = {**options, "group_by_length": "yes"}
+            found[f"{name}, grouped"] = first_step(ranks, folder / f"{name}, grouped", max_grad_norm=1e9, **by_length)
     found["clipped"] = first_step(ranks, folder / "clipped", max_grad_norm=0.5, **options)
     found["free"], found["free folder"] = found[name], folder / name
     random = {"estimator": EstimatorSection("masked", 0.5), "ratio": RatioSection(0.2, 0.6), "eval_every": 2}
@@ -82,7 +86,7 @@ def test_ranks_agree(results):
 def test_gradient_does_not_depend_on_how_clips_are_spread(results):
     reference = gradient(results[1][1], "batch of 4")
     for size, spreads in SPREADS.items():
-        for name in spreads:
+        for name in (*spreads, *(f"{name}, grouped" for name in spreads if name in GROUPED)):
             error = gradient(results[size][1], name) - reference
             assert error.norm() < 1e-4 * reference.norm(), name
 

@@ -14,6 +14,7 @@ from omnisieve.compressors import build_compressor
 from omnisieve.data.dataset import MediaLoader, OmniDataset
 from omnisieve.data.manifest import Manifest
 from omnisieve.data.preprocess import Preprocessor
+from omnisieve.data.sizes import read_sizes
 from omnisieve.layout import TokenLayout
 from tests.data.media_files import FAULTS, MediaSpec, write_faulty, write_media
 from tests.data.stock import BACKBONE, rules, stock_processor
@@ -70,6 +71,9 @@ def test_tokens_are_those_that_training_sees(good: Path, capsys: pytest.CaptureF
             int((sample.tokens.item >= 0).sum()) - int(compressor.budget(layout).total[0]), abs=2
         )
         assert ("too_long" in kinds(row)) == (row["tokens"] > 150)
+    sizes = read_sizes(good.parent / "m.jsonl.check" / "sizes.jsonl", good, loader.preprocessing(""))
+    assert sizes.sum(axis=1).tolist() == [row["tokens"] for row in report(good, "samples.jsonl")]
+    assert sizes[:, 1].tolist() == [row["video_tokens"] for row in report(good, "samples.jsonl")]
     loader.reader.close()
     files = {Path(row["path"]).stem: row for row in report(good, "files.jsonl")}
     assert kinds(files["plain"]) == []

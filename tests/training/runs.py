@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,6 +39,7 @@ class Alone:
     rank: int = 0
     world_size: int = 1
     is_first: bool = True
+    device: torch.device = torch.device("cpu")
 
     def barrier(self) -> None:
         pass
@@ -56,10 +58,21 @@ def make_config(output_dir: Path, *, dtype: Any = "float32", **train: Any) -> Tr
 
 
 def make_trainer(config: TrainConfig, ranks: Ranks, unreadable: Set[int] = frozenset()) -> Trainer:
-    """A trainer that reads `CLIPS` over and over; those that cannot be read are replaced as files are."""
+    """A trainer that reads `CLIPS` over and over; those that cannot be read are replaced as files are.
+
+    `train.group_by_length` may be anything; the clips' lengths are known.
+    """
     whole, module = make_module(config, ranks)
     size = config.train.micro_batch_size
-    sampler = StreamSampler(len(CLIPS), size, seed=config.train.seed, rank=ranks.rank, world_size=ranks.world_size)
+    sampler = StreamSampler(
+        len(CLIPS),
+        size,
+        seed=config.train.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulation=config.train.gradient_accumulation_steps,
+        lengths=None if config.train.group_by_length is None else clip_lengths(whole),
+    )
     train = Loader(whole, sampler, unreadable)
     places = range(ranks.rank, VAL_BATCHES + ranks.rank, ranks.world_size)
     val = [(train.batch([place % len(CLIPS)]), place < VAL_BATCHES) for place in places]
@@ -90,6 +103,11 @@ def make_module(config: TrainConfig, ranks: Ranks, family: str = QWEN2_5) -> tup
         teacher=make_teacher(config),
     )
     return whole, module
+
+
+def clip_lengths(backbone: nn.Module) -> np.ndarray:
+    """Tokens of each of `CLIPS`."""
+    return np.array([make_batch(backbone, [clip]).input_ids.shape[1] for clip in CLIPS])
 
 
 class Loader:

@@ -1,8 +1,24 @@
-"""How validation clips are laid out over ranks."""
+"""How clips are laid out over ranks."""
 
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from omnisieve.training.streams import val_shards
+from omnisieve.compressors import build_compressor
+from omnisieve.config import DataSection, EstimatorSection, RatioSection, TrainSection
+from omnisieve.data.batch import Batch
+from omnisieve.data.dataset import MediaLoader
+from omnisieve.data.errors import DataError
+from omnisieve.data.preprocess import Preprocessor
+from omnisieve.data.sizes import write_sizes
+from omnisieve.layout import Modality
+from omnisieve.training.streams import check_manifests, lengths_in_llm, open_streams, val_shards
+from tests.data.stock import rules, stock_processor
+from tests.layouts import LayoutSpec, make_layout
+from tests.training.runs import Alone
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 8])
@@ -13,3 +29,59 @@ def test_every_clip_counts_once_and_ranks_keep_step(size: int, world_size: int):
     assert sorted(counted) == list(range(size))
     assert len({len(shard) for shard in shards}) == 1
     assert all(indices for shard in shards for indices, _ in shard)
+
+
+SPECS = [LayoutSpec(windows=n, images=n % 2, audio=n != 3, text=n) for n in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    "ratios",
+    [
+        {"retained_ratio": 0.3},
+        {"retained_ratio": 0.3, "audio_ratio": 0.5},
+        {"video_ratio": 0.2, "audio_ratio": 0.6},
+    ],
+)
+def test_lengths_without_decoding_are_those_of_the_budget(ratios: dict[str, float]):
+    layout = make_layout(*SPECS)
+    compressor = build_compressor("random", **ratios)
+    modalities = ((Modality.TEXT, Modality.IMAGE), (Modality.VIDEO,), (Modality.AUDIO,))
+    sizes = np.stack([layout.counts(*names) for names in modalities], axis=1)
+    train = TrainSection(max_steps=1, estimator=EstimatorSection("hard_drop"))
+    kept = sizes[:, 0] + compressor.budget(layout).total
+    np.testing.assert_allclose(lengths_in_llm(sizes, compressor.settings, train), kept, atol=1)
+    train.estimator = EstimatorSection("masked", 0.25)
+    candidates = 0.25 * (sizes.sum(axis=1) - kept)
+    np.testing.assert_allclose(lengths_in_llm(sizes, compressor.settings, train), kept + candidates, atol=1)
+    train.estimator, train.ratio = EstimatorSection("hard_drop"), RatioSection(0.1, 0.5)
+    drawn = sizes[:, 0] + 0.3 * sizes[:, 1:].sum(axis=1)
+    np.testing.assert_allclose(lengths_in_llm(sizes, compressor.settings, train), drawn)
+
+
+def line(index: int) -> str:
+    """A conversation without media that grows with its index."""
+    messages = [{"role": "user", "content": "Why? " * index}, {"role": "assistant", "content": "So."}]
+    return json.dumps({"id": f"{index}", "messages": messages}) + "\n"
+
+
+def test_the_batches_of_a_step_are_grouped_by_length(tmp_path: Path):
+    manifest, sizes = tmp_path / "m.jsonl", tmp_path / "sizes.jsonl"
+    manifest.write_text("".join(map(line, range(12))))
+    media = MediaLoader(Preprocessor(stock_processor(), rules()))
+    settings = build_compressor("random", retained_ratio=0.5).settings
+    data = DataSection(train=str(manifest), workers=0)
+
+    def step(**train: object) -> list[Batch]:
+        section = TrainSection(max_steps=1, micro_batch_size=2, gradient_accumulation_steps=4, **train)
+        check_manifests(data, section)
+        return list(itertools.islice(open_streams(data, section, media, settings, Alone()).train, 4))
+
+    plain = step()
+    write_sizes(sizes, manifest, media.preprocessing(""), [[20 + 5 * index, 0, 0] for index in range(12)])
+    grouped = step(group_by_length=str(sizes))
+    ids = [int(id) for batch in grouped for id in batch.ids]
+    assert ids == sorted((int(id) for batch in plain for id in batch.ids), reverse=True)
+    assert sum(batch.input_ids.numel() for batch in grouped) < sum(batch.input_ids.numel() for batch in plain)
+    manifest.write_text("".join(map(line, range(13))))
+    with pytest.raises(DataError, match="another manifest"):
+        step(group_by_length=str(sizes))

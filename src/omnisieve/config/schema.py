@@ -193,6 +193,11 @@ class TrainSection:
     max_steps: int = option(MISSING, "optimiser steps")
     micro_batch_size: int = option(1, "clips per rank and forward; memory grows with it")
     gradient_accumulation_steps: int = option(1, "forwards per step; same result as a larger batch, takes longer")
+    group_by_length: str | None = option(
+        None,
+        "sizes.jsonl of tools/check_data.py: the clips of each step are dealt out so that those of a forward, and the "
+        "ranks of a forward, are alike in length after compression; saves padding and waiting. Same clips per step",
+    )
     lr: float = option(2e-4, "peak learning rate of the compressor")
     llm: LlmSection = section(LlmSection)
     weight_decay: float = option(0.0, "AdamW, on matrices only")

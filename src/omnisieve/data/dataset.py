@@ -19,7 +19,8 @@ from omnisieve.data.media import MediaError, MediaInfo, MediaReader, read_image
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun, expand
 
-_ATTEMPTS = 16
+ATTEMPTS = 16
+"""Samples that are tried in one place."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class OmniDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         failed: list[tuple[str, MediaError]] = []
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             conversation = self.conversations[substitute(index, attempt, len(self))]
             try:
                 sample = self.loader.sample(conversation, self.loader.load(conversation))
@@ -206,7 +207,7 @@ class OmniDataset(Dataset[Sample]):
             bad = tuple(BadSample(id, e.file, e.kind, e.reason, e.cure, sample.id) for id, e in failed)
             return replace(sample, failures=bad)
         raise DataError(
-            f"sample {failed[0][0]} and {_ATTEMPTS - 1} others drawn in its place cannot be read; first: {failed[0][1]}"
+            f"sample {failed[0][0]} and {ATTEMPTS - 1} others drawn in its place cannot be read; first: {failed[0][1]}"
         )
 
 

@@ -63,7 +63,8 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         gradient_checkpointing=config.train.gradient_checkpointing,
         teacher=make_teacher(config),
     )
-    return Trainer(config, module, open_streams(config.data, config.train, media, ranks), ranks)
+    streams = open_streams(config.data, config.train, media, compressor.settings, ranks)
+    return Trainer(config, module, streams, ranks)
 
 
 def make_trainable(adapter: Adapter, llm: LlmSection) -> None:

@@ -44,6 +44,7 @@ _FREE = {
     *(f"train.{name}" for name in ("max_steps", "stop_at", "resume", "gradient_checkpointing")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_total_limit")),
     *(f"train.{name}" for name in ("max_bad_steps", "watchdog_seconds")),
+    "train.group_by_length",  # the sampler compares the lengths themselves
     *(f"train.{name}" for name in ("histogram_every", "probe_clips", "picture_limit")),
     "output_dir",
 }

@@ -27,7 +27,7 @@ def check_run(config: TrainConfig) -> None:
     make_compressor(config, hidden_size_of(config.model.path))
     check_media(config.model.path, config.data)
     find_checkpoint(Path(config.output_dir), config.train.resume)
-    check_manifests(config.data)
+    check_manifests(config.data, config.train)
     check_writable(Path(config.output_dir))
 
 

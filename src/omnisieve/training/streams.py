@@ -6,7 +6,11 @@ import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
+import numpy as np
+
+from omnisieve.compressors.base import Settings
 from omnisieve.config import DataSection, TrainSection
 from omnisieve.data.batch import Batch
 from omnisieve.data.collate import collate
@@ -15,6 +19,8 @@ from omnisieve.data.manifest import Manifest
 from omnisieve.data.media import MediaReader
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.data.sampler import StreamSampler
+from omnisieve.data.sizes import check_sizes, read_sizes, sizes_in_training
+from omnisieve.layout import Modality
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.interruption import ignore_signals
 from omnisieve.training.pictures import ClipMedia, clip_media
@@ -40,26 +46,41 @@ class Streams:
     rounding: str | None = None
 
 
-def check_manifests(data: DataSection) -> None:
+def check_manifests(data: DataSection, train: TrainSection) -> None:
     """Read the manifests and look for their media files, which is quick; everything after it is not.
 
     Raises:
-        ManifestError: a line is wrong, or files are missing.
+        ManifestError: a line is wrong, or files are missing. DataError: `train.group_by_length` is about other data.
     """
     for path in (data.train, data.val):
         if path is not None:
             Manifest(path).check()
+    if train.group_by_length is not None:
+        check_sizes(Path(train.group_by_length), Path(data.train))
 
 
-def open_streams(data: DataSection, train: TrainSection, media: MediaLoader, ranks: Ranks) -> Streams:
-    """Read the manifests and lay their clips out for this rank.
+def open_streams(
+    data: DataSection, train: TrainSection, media: MediaLoader, settings: Settings, ranks: Ranks
+) -> Streams:
+    """Read the manifests and lay their clips out for this rank; `settings` are the compressor's.
 
     Raises:
-        ManifestError: a manifest cannot be used.
+        ManifestError: a manifest cannot be used. DataError: `train.group_by_length` holds sizes of other data.
     """
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
     dataset = OmniDataset(Manifest(data.train), media, on_error="replace")
-    sampler = StreamSampler(len(dataset), train.micro_batch_size, seed=train.seed, **place)
+    lengths = None
+    if train.group_by_length is not None:
+        sizes = read_sizes(Path(train.group_by_length), Path(data.train), media.preprocessing(""))
+        lengths = lengths_in_llm(sizes_in_training(sizes), settings, train)
+    sampler = StreamSampler(
+        len(dataset),
+        train.micro_batch_size,
+        seed=train.seed,
+        accumulation=train.gradient_accumulation_steps,
+        lengths=lengths,
+        **place,
+    )
     val, probes = None, dict[str, Callable[[], ClipMedia]]()
     if data.val is not None:
         held_out = OmniDataset(Manifest(data.val), media, on_error="replace")
@@ -69,6 +90,26 @@ def open_streams(data: DataSection, train: TrainSection, media: MediaLoader, ran
         probes = probe_clips(held_out, train.probe_clips)
     rounding = None if media.cache is None else media.cache.rounding
     return Streams(_loader(dataset, sampler, data, train, ranks), sampler, val, probes, rounding)
+
+
+def lengths_in_llm(sizes: np.ndarray, settings: Settings, train: TrainSection) -> np.ndarray:
+    """Tokens of each sample that the LLM sees in training, [n], on average where they are drawn.
+
+    Args:
+        sizes: [n, 3] tokens before compression: text and images, video, audio.
+        settings: of the compressor.
+        train: its route, and the range of its ratio.
+    """
+    fixed, video, audio = sizes.T
+    ratio = settings.retained_ratio
+    if train.ratio.min is not None and train.ratio.max is not None:
+        ratio = (train.ratio.min + train.ratio.max) / 2
+    if ratio is not None:
+        kept = ratio * (video + audio)
+    else:
+        kept = settings.ratio_of(Modality.VIDEO) * video + settings.ratio_of(Modality.AUDIO) * audio
+    stay = train.estimator.candidates if train.estimator.route == "masked" else 0.0
+    return fixed + kept + stay * (video + audio - kept)
 
 
 def val_shards(size: int, batch_size: int, *, rank: int, world_size: int) -> list[tuple[list[int], bool]]:
