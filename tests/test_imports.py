@@ -30,10 +30,10 @@ MAY_USE: dict[str, set[str]] = {
     "artifact": BELOW_BACKBONES | {"files", "hub"},
     "published": BELOW_BACKBONES | {"artifact"},
     "backbones": BELOW_BACKBONES | {"config", "data"},
-    "tuned_llm": BELOW_TRAINING,
-    "training": BELOW_TRAINING | {"tuned_llm"},
-    "evaluation": BELOW_TRAINING | {"tuned_llm"},
-    "__init__": BELOW_TRAINING | {"tuned_llm", "training", "evaluation"},
+    "trained_llm": BELOW_TRAINING,
+    "training": BELOW_TRAINING | {"trained_llm"},
+    "evaluation": BELOW_TRAINING | {"trained_llm"},
+    "__init__": BELOW_TRAINING | {"trained_llm", "training", "evaluation"},
 }
 # Methods that users expect on a compressor are names for functions above: imported when called, here alone.
 WHEN_CALLED = {"compressors/pretrained.py": {"omnisieve.artifact"}}

@@ -34,7 +34,7 @@ WEIGHTS_FILE = "compressor.safetensors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 LLM_FOLDER = "llm"
-"""Within an export: what training changed of the LLM, see `omnisieve.tuned_llm`."""
+"""Within an export: what training changed of the LLM, see `omnisieve.trained_llm`."""
 SHARED = (*FILES, f"{LLM_FOLDER}/*.json", f"{LLM_FOLDER}/*.safetensors")
 """What goes to the hub and comes from it."""
 KEPT_OF_A_RUN = ("best", "last")

@@ -59,9 +59,16 @@ def lora_config(adapter: Adapter, lora: LoraSection) -> LoraConfig:
 
 
 def remove_lora(adapter: Adapter, handle: LoraModel, *, merge: bool) -> None:
-    """Take adapters away; with `merge` what they said is part of the weights from now on."""
+    """Take adapters away; with `merge` what they said is part of the weights from now on, rounded to their precision.
+
+    Raises:
+        BackboneError: merged weights would not be finite; nothing is taken away then.
+    """
     if merge:
-        handle.merge_and_unload(safe_merge=True)
+        try:
+            handle.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise BackboneError(f"adapters cannot be merged into the LLM: {error}") from error
     else:
         handle.unload()
     # Left by peft; a further set of adapters would be warned of.
@@ -74,6 +81,7 @@ class LoraVariants:
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
         self._handle: LoraModel | None = None
+        self._learning = [parameter for parameter in adapter.decoder.parameters() if parameter.requires_grad]
 
     def add(self, lora: LoraSection, tensors: Mapping[str, Tensor]) -> str:
         """Add trained adapters, silent for now.
@@ -86,19 +94,18 @@ class LoraVariants:
             the name to use them by.
 
         Raises:
-            BackboneError: they do not fit this LLM.
+            BackboneError: they do not fit this LLM, or it has adapters of others; `remove` what there is.
         """
-        config = lora_config(self._adapter, lora)
+        decoder, name = self._adapter.decoder, _ADAPTER
         if self._handle is None:
-            name = _ADAPTER
-            self._handle = LoraModel(self._adapter.decoder, config, name)
+            self._handle = add_lora(self._adapter, lora)
         else:
             name = f"{_ADAPTER}{len(self._handle.peft_config)}"
-            self._handle.peft_config[name] = config
-            self._handle.inject_adapter(self._adapter.decoder, name)
-        _in_float32(self._adapter.decoder)
+            self._handle.peft_config[name] = lora_config(self._adapter, lora)
+            self._handle.inject_adapter(decoder, name)
+            _in_float32(decoder)
         load_trained(trainable(self._adapter, name), tensors)
-        self._adapter.decoder.requires_grad_(False)
+        set_dropout(decoder, False)
         self._handle.disable_adapter_layers()
         return name
 
@@ -108,12 +115,21 @@ class LoraVariants:
         if name is None or self._handle is None:
             yield
             return
-        self._handle.set_adapter(name, inference_mode=True)
         self._handle.enable_adapter_layers()
+        # Last, because enabling lets adapters learn.
+        self._handle.set_adapter(name, inference_mode=True)
         try:
             yield
         finally:
             self._handle.disable_adapter_layers()
+
+    def remove(self) -> None:
+        """Leave the LLM as it was before the first of them."""
+        if self._handle is not None:
+            remove_lora(self._adapter, self._handle, merge=False)
+            self._handle = None
+        for parameter in self._learning:
+            parameter.requires_grad_(True)
 
 
 def train_all(adapter: Adapter) -> None:

@@ -14,11 +14,11 @@ from omnisieve.artifact import save_compressor
 from omnisieve.backbones.tuning import trainable
 from omnisieve.compressors import Compressor, build_compressor
 from omnisieve.config import TrainConfig
+from omnisieve.trained_llm import TunedLlm
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import collect
 from omnisieve.training.errors import writing
 from omnisieve.training.objective import TrainingModule
-from omnisieve.tuned_llm import TunedLlm
 
 
 def export(module: TrainingModule, folder: Path, config: TrainConfig, card: Mapping[str, Any], ranks: Ranks) -> None:

@@ -18,15 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from omnisieve.artifact import ArtifactError, locate
-from omnisieve.backbones import adapter_for
+from omnisieve.artifact import LLM_FOLDER, ArtifactError, locate, read_config
+from omnisieve.backbones import BackboneError, adapter_for
 from omnisieve.backbones.tuning import LoraVariants, add_lora, load_trained, remove_lora, train_all, trainable
-from omnisieve.config import LoraSection
+from omnisieve.config import ConfigError, LoraSection
 from omnisieve.files import sha256
 
-FOLDER = "llm"
 CONFIG_FILE, WEIGHTS_FILE = "tuned_llm.json", "tuned_llm.safetensors"
-FILES = (f"{FOLDER}/{CONFIG_FILE}", f"{FOLDER}/{WEIGHTS_FILE}")
 FORMAT_VERSION = 1
 
 
@@ -52,7 +50,7 @@ class TunedLlm:
         Raises:
             ArtifactError: what was read back differs.
         """
-        folder = export / FOLDER
+        folder = export / LLM_FOLDER
         folder.mkdir()
         save_file({name: value.contiguous() for name, value in self.tensors.items()}, folder / WEIGHTS_FILE)
         (folder / WEIGHTS_FILE).chmod(0o644)
@@ -71,8 +69,12 @@ class TunedLlm:
 
 
 def has_tuned_llm(export: str | Path) -> bool:
-    """Whether an exported compressor was trained together with its LLM."""
-    return (Path(export) / FOLDER / CONFIG_FILE).is_file()
+    """Whether an exported compressor was trained together with its LLM.
+
+    Args:
+        export: see `read_tuned_llm`.
+    """
+    return (locate(export) / LLM_FOLDER / CONFIG_FILE).is_file()
 
 
 def read_tuned_llm(export: str | Path) -> TunedLlm:
@@ -82,9 +84,10 @@ def read_tuned_llm(export: str | Path) -> TunedLlm:
         export: its folder, or OWNER/NAME on the hub.
 
     Raises:
-        ArtifactError: there is nothing of the kind, or it is damaged.
+        ArtifactError: there is no export, or nothing of the kind in it, or it is damaged.
     """
-    folder = locate(export) / FOLDER
+    read_config(locate(export))
+    folder = locate(export) / LLM_FOLDER
     if not (folder / CONFIG_FILE).is_file():
         raise ArtifactError(f"{export} holds no tuned LLM: its compressor was trained on a frozen one")
     config = _read_config(folder / CONFIG_FILE)
@@ -95,27 +98,38 @@ def read_tuned_llm(export: str | Path) -> TunedLlm:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ArtifactError(f"{path} is no safetensors file ({error})") from error
-    lora = None if config["lora"] is None else LoraSection(**config["lora"])
-    return TunedLlm(config["mode"], config["base"], tensors, lora)
+    return TunedLlm(config["mode"], config["base"], tensors, config["lora"])
 
 
 def tune_llm(model: nn.Module, export: str | Path) -> None:
-    """Turn a stock model into the one that an exported compressor was trained with, for good; adapters are merged.
+    """Turn a stock model into the one that an exported compressor was trained with, for good; it is frozen then.
+
+    Adapters are merged: in float32 that changes logits by rounding alone, in bfloat16 the merged weights are rounded
+    to 8 bits, and answers may differ from those of `tuned_llm`, which are those of the training.
 
     Args:
         model: the LLM that the training started from; see `backbones.adapter_for`.
         export: see `read_tuned_llm`.
 
     Raises:
-        ArtifactError: see `read_tuned_llm`. BackboneError: the weights do not fit the model.
+        ArtifactError: see `read_tuned_llm`. BackboneError: the weights do not fit the model, which stays as it was.
     """
-    tuned, adapter = read_tuned_llm(export), adapter_for(model)
+    apply_tuned(model, read_tuned_llm(export))
+
+
+def apply_tuned(model: nn.Module, tuned: TunedLlm) -> None:
+    """What `tune_llm` does, with what was read already."""
+    adapter = adapter_for(model)
     if tuned.lora is None:
         train_all(adapter)
         load_trained(trainable(adapter), tuned.tensors)
     else:
         handle = add_lora(adapter, tuned.lora)
-        load_trained(trainable(adapter), tuned.tensors)
+        try:
+            load_trained(trainable(adapter), tuned.tensors)
+        except BackboneError:
+            remove_lora(adapter, handle, merge=False)
+            raise
         remove_lora(adapter, handle, merge=True)
     model.requires_grad_(False)
 
@@ -129,16 +143,15 @@ def tuned_llm(model: nn.Module, export: str | Path) -> Iterator[None]:
         export: see `read_tuned_llm`.
 
     Raises:
-        ArtifactError: see `read_tuned_llm`; or the LLM was tuned as a whole. BackboneError: see `tune_llm`.
+        ArtifactError: see `read_tuned_llm`; or the LLM was tuned as a whole. BackboneError: see `tune_llm`; or it has
+            adapters already.
     """
-    adapter = adapter_for(model)
-    handle = add_lora(adapter, lora_of(export, tuned := read_tuned_llm(export)))
+    variants = LoraVariants(adapter_for(model))
     try:
-        load_trained(trainable(adapter), tuned.tensors)
-        adapter.decoder.requires_grad_(False)
-        yield
+        with variants.speaking(add_variant(variants, export)):
+            yield
     finally:
-        remove_lora(adapter, handle, merge=False)
+        variants.remove()
 
 
 def add_variant(variants: LoraVariants, export: str | Path) -> str:
@@ -159,8 +172,9 @@ def lora_of(export: str | Path, tuned: TunedLlm) -> LoraSection:
     """
     if tuned.lora is None:
         raise ArtifactError(
-            f"{export} holds an LLM that was tuned as a whole: write it as a model of its own with tools/export.py "
-            "RUN OUT --merge, and give that as model.path"
+            f"{export} holds an LLM that was tuned as a whole, which no loaded model can put on and off: write it as "
+            f"a model of its own with `tools/export.py {export} OUT --merge`, then use OUT and give OUT/model as the "
+            "LLM (model.path)"
         )
     return tuned.lora
 
@@ -172,7 +186,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not valid JSON ({error}); export again") from error
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(f"{path} does not describe a tuned LLM in format version {FORMAT_VERSION}")
-    return config
+    try:
+        lora = None if config["mode"] == "full" else LoraSection(**config["lora"])
+        return {name: config[name] for name in ("mode", "base", "weights_sha256")} | {"lora": lora}
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ArtifactError(f"{path} does not describe a tuned LLM ({error!r}); export again") from error
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:
