@@ -34,23 +34,28 @@ def media_loader(path: str | Path, adapter: Adapter, media: MediaSection, *, use
         BackboneError: the folder holds no processor.
         FeatureCacheError: the cache was made with other settings or encoders.
     """
+    loader = reader(load_processor(path), adapter, media)
+    if use_cache and media.feature_cache is not None:
+        loader.cache = FeatureCache(media.feature_cache, loader.preprocessing(encoder_fingerprint(adapter)))
+    return loader
+
+
+def reader(processor: ProcessorMixin, adapter: Adapter, media: MediaSection) -> MediaLoader:
+    """The reader of media files for a model with this processor, without a cache."""
     preprocessor = Preprocessor(
-        load_processor(path),
+        processor,
         adapter.token_rules(),
         min_pixels=media.min_pixels,
         max_pixels=media.max_pixels,
         pixel_dtype=adapter.visual.dtype,
     )
-    loader = MediaLoader(
+    return MediaLoader(
         preprocessor,
         fps=media.fps,
         max_frames=media.max_frames,
         audio_seconds=media.audio.max_seconds,
         decode_seconds=media.decode_seconds,
     )
-    if use_cache and media.feature_cache is not None:
-        loader.cache = FeatureCache(media.feature_cache, loader.preprocessing(encoder_fingerprint(adapter)))
-    return loader
 
 
 def check_media(path: str | Path, media: MediaSection) -> None:
