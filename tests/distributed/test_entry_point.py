@@ -2,110 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from omnisieve.data.synthetic import manifest_text, write_clip
-from omnisieve.training.checkpoint import verify
 from tests.data.stock import save_qwen3
-
-ROOT = Path(__file__).parents[2]
-CLIPS = {"train": 4, "val": 3}
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clips")
-    (folder / "videos").mkdir()
-    for split, count in CLIPS.items():
-        for index in range(count):
-            write_clip(("a", split, index, str(folder / "videos")))
-        (folder / f"{split}.jsonl").write_text(manifest_text("a", split, count))
-    return folder
-
-
-def arguments(clips: Path, output_dir: Path, *overrides: str) -> list[str]:
-    """Of a run of two steps that decodes and encodes its clips."""
-    settings = {
-        "data.train": clips / "train.jsonl",
-        "data.val": clips / "val.jsonl",
-        "data.feature_cache": "null",
-        "data.workers": 0,
-        "train.max_steps": 2,
-        "train.micro_batch_size": 1,
-        "output_dir": output_dir,
-    }
-    return ["--config", "recipes/quickstart.yaml", *(f"{k}={v}" for k, v in settings.items()), *overrides]
-
-
-def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in places}
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    variables = {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
-    """Exit status and output; the process does not outlive the test."""
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return process.returncode, output
-
-
-def train(*words: str) -> tuple[int, str]:
-    return finish(start([sys.executable, "train.py", *words]))
-
-
-def start_two_ranks(*words: str) -> list[subprocess.Popen[str]]:
-    """Both ranks without a launcher in between, so that each one's exit status is seen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    return [
-        start([sys.executable, "train.py", *words], RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", **address)
-        for rank in "01"
-    ]
-
-
-def two_ranks(*words: str) -> list[tuple[int, str]]:
-    return [finish(rank) for rank in start_two_ranks(*words)]
-
-
-def wait_for_first_step(output_dir: Path, *processes: subprocess.Popen[str], timeout: float = 300) -> None:
-    log, end = output_dir / "metrics.jsonl", time.monotonic() + timeout
-    while not (log.exists() and log.read_text()) and time.monotonic() < end:
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.1)
-
-
-def last_checkpoint(output_dir: Path) -> int:
-    """Its step, when it is whole."""
-    name = (output_dir / "checkpoints" / "latest").read_text().strip()
-    verify(output_dir / "checkpoints" / name)
-    return int(name.removeprefix("checkpoint-"))
-
-
-def assert_complete(output_dir: Path, steps: int) -> None:
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] == steps
-    assert "val/loss" in records[-1]
-    for name in ("last", "best"):
-        assert load_file(output_dir / name / "compressor.safetensors")
+from tests.distributed.programs import arguments, assert_complete, finish, largest_difference, start, train, two_ranks
 
 
 def test_a_single_process_needs_no_launcher(clips: Path, tmp_path: Path):
@@ -161,47 +64,13 @@ def test_launchers(clips: Path, tmp_path: Path, launcher: tuple[str, ...]):
     assert_complete(tmp_path / "run", 2)
 
 
-ENDLESS = ("train.max_steps=1000", "train.log_every=1", "train.eval_every=0", "train.save_every=0")
-
-
-def test_sigterm_to_one_of_two_ranks_ends_both_well(clips: Path, tmp_path: Path):
-    ranks = start_two_ranks(*arguments(clips, tmp_path / "run", *ENDLESS))
-    wait_for_first_step(tmp_path / "run", *ranks)
-    ranks[1].send_signal(signal.SIGTERM)
-    for status, output in map(finish, ranks):
-        assert status == 0, output
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert last_checkpoint(tmp_path / "run") == steps[-1] < 1000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_signal_to_the_launcher_leaves_a_checkpoint(clips: Path, tmp_path: Path, launcher: str, number: int):
-    """It signals the ranks' decoding workers, too, whose samples the last step needs."""
-    if launcher == "torchrun":
-        command = ["torch.distributed.run", "--nproc_per_node", "2"]
-    else:
-        world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
-        command = ["deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
-    words = arguments(clips, tmp_path / "run", *ENDLESS, "data.workers=1")
-    process = start([sys.executable, "-m", *command, "train.py", *words])
-    wait_for_first_step(tmp_path / "run", process)
-    process.send_signal(number)
-    _, output = finish(process)
-    assert "ended on request" in output, output
-    assert last_checkpoint(tmp_path / "run") < 1000
-    assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
-
-
 @pytest.mark.slow
 def test_25_and_25_steps_are_50(clips: Path, tmp_path: Path):
     options = ("train.max_steps=50", "train.eval_every=25", "train.estimator.candidates=0.5")
     for folder, *more in (("whole",), ("parts", "train.stop_at=25"), ("parts",)):
         for status, output in two_ranks(*arguments(clips, tmp_path / folder, *options, *more)):
             assert status == 0, output
-    whole, parts = (load_file(tmp_path / folder / "last" / "compressor.safetensors") for folder in ("whole", "parts"))
-    assert max(float((whole[name] - parts[name]).abs().max()) for name in whole) == 0
+    assert largest_difference(tmp_path / "whole", tmp_path / "parts") == 0
 
 
 @pytest.mark.slow
