@@ -1,10 +1,15 @@
 """Token compressors for omni-modal LLMs: train them, export them, compare them.
 
-from omnisieve import attach, load_backbone, load_compressor
+from transformers import AutoProcessor
+
+from omnisieve import attach, load_backbone, load_compressor, prepare
 
 model = load_backbone("Qwen/Qwen2.5-Omni-7B", "bfloat16", device="cuda")
-with attach(model, load_compressor("my_export").to(model.device)):
-    model.generate(**inputs)
+processor = AutoProcessor.from_pretrained("Qwen/Qwen2.5-Omni-7B")
+inputs = prepare(model, processor, "clip.mp4", "What is heard?")
+with attach(model, load_compressor("my_compressor").to(model.device)):
+    ids = model.generate(**inputs, max_new_tokens=32)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
     from omnisieve.artifact import load_compressor, push_compressor, save_compressor
     from omnisieve.backbones.attach import attach
     from omnisieve.backbones.loading import load_backbone
+    from omnisieve.backbones.prepare import prepare
     from omnisieve.compressors import Compressor, build_compressor, list_compressors, list_presets
 
 __version__ = "0.1.0"
@@ -28,6 +34,7 @@ __all__ = [
     "list_presets",
     "load_backbone",
     "load_compressor",
+    "prepare",
     "push_compressor",
     "save_compressor",
 ]
@@ -40,6 +47,7 @@ _HOMES = {
     "list_presets": "omnisieve.compressors",
     "load_backbone": "omnisieve.backbones",
     "load_compressor": "omnisieve.artifact",
+    "prepare": "omnisieve.backbones.prepare",
     "push_compressor": "omnisieve.artifact",
     "save_compressor": "omnisieve.artifact",
 }

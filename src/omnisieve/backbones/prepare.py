@@ -1,0 +1,52 @@
+"""From media files and a question to the inputs of a stock model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import ProcessorMixin
+
+from omnisieve.backbones.adapter import adapter_for
+from omnisieve.backbones.media import reader
+from omnisieve.config import MediaSection
+from omnisieve.data.collate import collate
+from omnisieve.data.manifest import Conversation, MediaPart
+from omnisieve.data.sources import kind_of
+
+Media = str | Path | Sequence[str | Path]
+
+
+def prepare(
+    model: nn.Module, processor: ProcessorMixin, media: Media, question: str, *, settings: MediaSection | None = None
+) -> dict[str, Tensor]:
+    """What a stock thinker's `generate` takes to answer one question, read as training and evaluation read it.
+
+    Args:
+        model: see `adapter_for`.
+        processor: of the model, `AutoProcessor.from_pretrained(path)`.
+        media: a video (its own sound comes with it), a sound or an image, by suffix; or several, in order.
+        question: about them.
+        settings: how densely videos are sampled, and so on; None takes the defaults of recipes.
+
+    Returns:
+        input_ids, attention_mask and the rest, on the model's device. The answer is what `generate` adds behind
+        `input_ids`.
+
+    Raises:
+        BackboneError: a model that is not supported.
+        MediaError: a file cannot be read; the message names the cure.
+    """
+    adapter = adapter_for(model)
+    loader = reader(processor, adapter, settings or MediaSection())
+    files = [media] if isinstance(media, str | Path) else media
+    parts = tuple(MediaPart(kind_of(file), Path(file)) for file in files)
+    content = [*({"type": part.kind} for part in parts), {"type": "text", "text": question}]
+    asked = Conversation("question", ({"role": "user", "content": content},), parts)
+    sample = loader.sample(asked, loader.load(asked), generation_prompt=True)
+    batch = collate([sample], pad_token_id=int(loader.preprocessor.tokenizer.pad_token_id)).to(adapter.thinker.device)
+    # `generate` carries the sequence's own ids before the three rope rows.
+    sequence = torch.arange(batch.layout.length, device=batch.input_ids.device).expand(1, 1, -1)
+    return batch.model_inputs() | {"position_ids": torch.cat([sequence, batch.position_ids])}

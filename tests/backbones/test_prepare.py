@@ -1,0 +1,83 @@
+"""A media file and a question become inputs of the stock model; the snippet of README.md runs as printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from omnisieve import attach, build_compressor, load_backbone, prepare, save_compressor
+from omnisieve.config import MediaSection
+from omnisieve.data.media import MediaError
+from omnisieve.data.synthetic import manifest_text, write_clip
+from tests.data.stock import BACKBONE, save_qwen3
+
+ROOT = Path(__file__).resolve().parents[2]
+PRINTED = "Qwen/Qwen2.5-Omni-7B"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    return (folder / write_clip(("a", "val", 0, str(folder)))).rename(folder / "clip.mp4")
+
+
+def questions() -> list[tuple[str, str]]:
+    """Of the clip, with their answers."""
+    messages = json.loads(manifest_text("a", "val", 1).splitlines()[0])["messages"]
+    texts = [m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"] for m in messages]
+    return [(texts[i].replace("<video>", "").strip(), texts[i + 1]) for i in range(0, 8, 2)]
+
+
+def test_stock_generate_answers(clip: Path) -> None:
+    model, processor = load_backbone(BACKBONE), AutoProcessor.from_pretrained(str(BACKBONE))
+    right = 0
+    for question, answer in questions():
+        inputs = prepare(model, processor, clip, question)
+        written = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        with attach(model, build_compressor("full")):
+            assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), written)
+        behind = written[0, inputs["input_ids"].shape[1] :]
+        right += processor.decode(behind, skip_special_tokens=True).strip() == answer
+    assert right >= 3
+
+
+def test_settings_and_several_files_count(clip: Path, tmp_path: Path) -> None:
+    folder = save_qwen3(tmp_path / "qwen3")
+    model, processor = load_backbone(folder), AutoProcessor.from_pretrained(str(folder))
+    one = prepare(model, processor, clip, "What?")
+    two = prepare(model, processor, [clip, str(clip)], "What?", settings=MediaSection(fps=1.0))
+    assert len(two["video_grid_thw"]) == 2
+    assert two["video_grid_thw"][0, 0] * 2 == one["video_grid_thw"][0, 0]
+    assert two["position_ids"].shape == (4, *two["input_ids"].shape)
+    with attach(model, build_compressor("random", retained_ratio=0.25)) as attachment:
+        model.generate(**two, max_new_tokens=1)
+    assert attachment.last_plan.kept[0] < two["input_ids"].shape[1]
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    model, processor = load_backbone(BACKBONE), AutoProcessor.from_pretrained(str(BACKBONE))
+    with pytest.raises(MediaError, match=r"gone\.mp4.*there is no such file"):
+        prepare(model, processor, "gone.mp4", "What?")
+
+
+@pytest.mark.parametrize("page", ["README.md", "src/omnisieve/__init__.py"])
+def test_the_snippet_runs_as_printed(
+    page: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / page).read_text()
+    if page.endswith(".md"):
+        (source, *_) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    else:
+        source = text.split('"""')[1].partition("\n\n")[2]
+    for printed, here in ((PRINTED, str(BACKBONE)), (', "bfloat16", device="cuda"', ""), ("clip.mp4", str(clip))):
+        assert printed in source
+        source = source.replace(printed, here)
+    save_compressor(build_compressor("omnisift", hidden_size=128, retained_ratio=0.5), tmp_path / "my_compressor")
+    monkeypatch.chdir(tmp_path)
+    exec(source, {})
+    assert capsys.readouterr().out.strip()
