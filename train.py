@@ -25,12 +25,15 @@ def main() -> int:
     except ConfigError as error:
         return fail(error)
     # Imported only now, so that help and mistakes in the configuration show at once.
-    from omnisieve.training import USER_ERRORS, build_trainer, check_run, connect, leave
+    from omnisieve.training import USER_ERRORS, build_trainer, check_run, connect, leave, summary
 
     try:
         check_run(config)
-        trainer = build_trainer(config, connect())
+        ranks = connect()
+        trainer = build_trainer(config, ranks)
         trainer.fit()
+        if ranks.is_first:
+            print(summary(config))
     except USER_ERRORS as error:
         leave(fail(error))
     except Exception:

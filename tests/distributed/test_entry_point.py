@@ -14,6 +14,8 @@ from tests.distributed.programs import arguments, assert_complete, finish, large
 def test_a_single_process_needs_no_launcher(clips: Path, tmp_path: Path):
     status, output = train(*arguments(clips, tmp_path / "run"))
     assert status == 0, output
+    assert "Best step 2 of 2, validation loss " in output
+    assert f"  tensorboard --logdir {tmp_path}/run/tensorboard" in output
     assert_complete(tmp_path / "run", 2)
 
 

@@ -3,6 +3,7 @@
 from omnisieve.training.build import USER_ERRORS, build_trainer
 from omnisieve.training.checks import check_run
 from omnisieve.training.distributed import Ranks, connect, leave
+from omnisieve.training.ending import summary
 from omnisieve.training.errors import CheckpointError, TrainingError
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.trainer import Trainer
@@ -18,4 +19,5 @@ __all__ = [
     "check_run",
     "connect",
     "leave",
+    "summary",
 ]
