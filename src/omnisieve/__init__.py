@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from omnisieve.backbones.loading import load_backbone
     from omnisieve.backbones.prepare import prepare
     from omnisieve.compressors import Compressor, build_compressor, list_compressors, list_presets
+    from omnisieve.trained_llm import tune_llm, tuned_llm
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,8 @@ __all__ = [
     "prepare",
     "push_compressor",
     "save_compressor",
+    "tune_llm",
+    "tuned_llm",
 ]
 
 _HOMES = {
@@ -50,6 +53,8 @@ _HOMES = {
     "prepare": "omnisieve.backbones.prepare",
     "push_compressor": "omnisieve.artifact",
     "save_compressor": "omnisieve.artifact",
+    "tune_llm": "omnisieve.trained_llm",
+    "tuned_llm": "omnisieve.trained_llm",
 }
 
 

@@ -47,7 +47,7 @@ def lora_config(adapter: Adapter, lora: LoraSection) -> LoraConfig:
     Raises:
         BackboneError: the layers have no linear modules of such names.
     """
-    linear = {name.rpartition(".")[2] for name, part in adapter.layers.named_modules() if isinstance(part, nn.Linear)}
+    linear = _linear_modules(adapter.layers)
     if missing := sorted(set(lora.targets) - linear):
         raise BackboneError(
             f"lora.targets: the layers of the LLM have no linear modules {', '.join(missing)}; they have "
@@ -71,8 +71,8 @@ def remove_lora(adapter: Adapter, handle: LoraModel, *, merge: bool) -> None:
             raise BackboneError(f"adapters cannot be merged into the LLM: {error}") from error
     else:
         handle.unload()
-    # Left by peft; a further set of adapters would be warned of.
-    del adapter.decoder.peft_config
+    # Left by some versions of peft, which then warn of a further set of adapters.
+    vars(adapter.decoder).pop("peft_config", None)
 
 
 class LoraVariants:
@@ -198,12 +198,25 @@ def without_lora(decoder: nn.Module) -> Iterator[None]:
             layer.set_scale(_ADAPTER, 1.0)
 
 
+def adapter_width(decoder: nn.Module) -> int:
+    """Width of what adapters see, over all layers."""
+    return sum(layer.in_features for layer in _lora_layers(decoder))
+
+
 def _in_float32(decoder: nn.Module) -> None:
     """Adapters learn in float32 also beside a bfloat16 LLM; nothing else of it learns."""
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _linear_modules(layers: nn.Module) -> set[str]:
+    """Names of linear modules within a layer, whether adapters stand beside them or not."""
+    parts = dict(layers.named_modules())
+    within = tuple(f"{name}." for name, part in parts.items() if isinstance(part, LoraLayer))
+    linear = (name for name, part in parts.items() if isinstance(part, nn.Linear | LoraLayer))
+    return {name.rpartition(".")[2] for name in linear if not name.startswith(within)}
 
 
 def _lora_layers(decoder: nn.Module) -> Iterator[Any]:
