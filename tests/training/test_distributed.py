@@ -2,11 +2,12 @@
 
 import os
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
 
-from omnisieve.training.distributed import check_compiler, complete_environment
+from omnisieve.training.distributed import announce_compilation, check_compiler, complete_environment, operator_folder
 from omnisieve.training.errors import TrainingError
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -23,6 +24,38 @@ def test_a_machine_without_headers_is_told_the_cure(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(TrainingError, match="python3-dev"):
         check_compiler()
+
+
+@pytest.mark.parametrize(
+    ("compiled", "lock_age", "told"),
+    [
+        (False, None, "compiling DeepSpeed's operator"),
+        (True, None, ""),
+        (False, 10**6, "remove the file: rm {lock}"),
+        (True, 10**6, "remove the file: rm {lock}"),
+        (True, 0, ""),  # of a rank of the same start
+    ],
+)
+def test_a_start_says_what_it_waits_for(
+    compiled: bool,
+    lock_age: float | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = operator_folder()
+    assert tmp_path in folder.parents
+    if compiled:
+        (folder / "deepspeed_shm_comm.so").touch()
+    lock = folder / "lock"
+    if lock_age is not None:
+        lock.touch()
+        os.utime(lock, (time.time() - lock_age,) * 2)
+    announce_compilation()
+    printed = capsys.readouterr().err
+    assert printed == "" if not told else told.format(lock=lock) in printed
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch):

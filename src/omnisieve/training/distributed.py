@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def connect() -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
         check_compiler()
+        if local_rank == 0:
+            announce_compilation()
         divide_threads()
     else:
         if local_rank >= accelerator.device_count():
@@ -101,6 +104,44 @@ def check_compiler() -> None:
             f"DeepSpeed compiles a small operator on CPUs, but {header} is missing: install Python's headers "
             f"(python3-dev on Debian)"
         )
+
+
+def announce_compilation() -> None:
+    """Say what the start waits for when DeepSpeed's operator for CPUs is not compiled yet, or never will be.
+
+    Who compiles it holds a lock, a file that stays when the process is killed. Later starts then wait for it without
+    a word and without end.
+    """
+    folder = operator_folder()
+    lock = folder / "lock"
+    try:
+        is_old = lock.stat().st_mtime < _start_of_process()
+    except FileNotFoundError:
+        is_old = False
+    if is_old:
+        print(
+            f"waiting for {lock}: another start is compiling DeepSpeed's operator, or was killed while it did. If no "
+            f"other start is running, remove the file: rm {lock}",
+            file=sys.stderr,
+            flush=True,
+        )
+    elif not any(folder.glob("*.so")):
+        print("compiling DeepSpeed's operator for CPUs once, about 30 s", file=sys.stderr, flush=True)
+
+
+def operator_folder() -> Path:
+    """Where DeepSpeed compiles its operator for CPUs; made if it is not there."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(ShareMemCommBuilder.NAME, verbose=False))
+
+
+def _start_of_process() -> float:
+    """When this process started, in seconds since the epoch; a peer's lock is younger."""
+    ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
 
 
 def leave(code: int = 0) -> NoReturn:
