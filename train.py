@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 2 train.py --config recipes/quickstart.yaml
     python train.py --config recipes/quickstart.yaml
 
-The last is a single process. Without GPUs the processes run on the CPU. `--help` lists every key and method,
-`--help METHOD` the fields of one.
+The last is a single process. Without GPUs the processes run on the CPU. With `--dry-run` one step is done, nothing is
+saved, and what the run will need is printed: tokens, and the memory of a rank by number of ranks. `--help` lists every
+key and method, `--help METHOD` the fields of one.
 """
 
 from __future__ import annotations
@@ -17,23 +18,30 @@ import traceback
 from omnisieve.config import ConfigError, TrainConfig, load_config
 from omnisieve.method_help import describe_methods
 
+DRY_RUN = "--dry-run"
+
 
 def main() -> int:
     """Build, train, close; returns the exit status."""
     try:
-        config = load_config(TrainConfig, sys.argv[1:], description=__doc__, method_help=describe_methods)
+        arguments = [word for word in sys.argv[1:] if word != DRY_RUN]
+        config = load_config(TrainConfig, arguments, description=__doc__, method_help=describe_methods)
     except ConfigError as error:
         return fail(error)
     # Imported only now, so that help and mistakes in the configuration show at once.
-    from omnisieve.training import USER_ERRORS, build_trainer, check_run, connect, leave, summary
+    from omnisieve.training import USER_ERRORS, build_trainer, check_run, connect, leave, rehearse, summary
 
     try:
         check_run(config)
         ranks = connect()
         trainer = build_trainer(config, ranks)
-        trainer.fit()
+        if DRY_RUN in sys.argv:
+            text = rehearse(trainer, config)
+        else:
+            trainer.fit()
+            text = summary(config)
         if ranks.is_first:
-            print(summary(config))
+            print(text)
     except USER_ERRORS as error:
         leave(fail(error))
     except Exception:

@@ -6,6 +6,7 @@ from omnisieve.training.distributed import Ranks, connect, leave
 from omnisieve.training.ending import summary
 from omnisieve.training.errors import CheckpointError, TrainingError
 from omnisieve.training.objective import TrainingModule
+from omnisieve.training.rehearsal import rehearse
 from omnisieve.training.trainer import Trainer
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "check_run",
     "connect",
     "leave",
+    "rehearse",
     "summary",
 ]

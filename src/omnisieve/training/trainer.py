@@ -103,6 +103,23 @@ class Trainer:
                 tqdm.write(f"ended on request after step {self.step}, go on with train.resume=auto", file=sys.stderr)
             self._interruption.honoured = self._stopping or self._interruption.asked
 
+    def rehearse(self) -> tuple[list[Batch], dict[str, float]]:
+        """Do the first step and write nothing; for a look before a long run, which this trainer then cannot do.
+
+        Returns:
+            the micro-batches of this rank, and the sums over them and all ranks that `TrainingModule.forward` reports.
+
+        Raises:
+            TrainingError: there is nothing to learn from, or the step is not finite.
+        """
+        batches = closable(self._streams.train)
+        with closing(batches), self.module.attached():
+            window = list(itertools.islice(batches, self._train.gradient_accumulation_steps))
+            outcome = self._optimise(window)
+        if outcome.faults:
+            raise TrainingError(f"the first step would be left out: {'; '.join(map(str, outcome.faults))}")
+        return window, self._meter.read()
+
     def _loop(self, batches: Iterator[Batch], tracker: Tracker, bar: tqdm) -> None:
         if self._validation_is_due:
             self._end_step(tracker)

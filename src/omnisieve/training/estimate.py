@@ -1,0 +1,158 @@
+"""How much memory a rank of a run will need: arithmetic on sizes, before anybody rents the GPUs.
+
+Counted is what a step keeps: weights, gradients, optimiser states, and what the LLM's forward leaves for the backward
+pass. Not counted are the encoders' passing activations, the buffers of communication and the allocator's waste: leave
+a fifth of a device free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from omnisieve.backbones.shape import DecoderShape, decoder_shape
+from omnisieve.backbones.tuning import adapter_width
+from omnisieve.config import TrainConfig
+from omnisieve.data.batch import Batch
+from omnisieve.layout import Modality
+from omnisieve.training.engine import shape_of, trains_in_bfloat16
+from omnisieve.training.objective import TrainingModule
+
+_FLOAT32 = 4
+_ADAM = 3 * _FLOAT32
+"""Of a trainable parameter: two moments, and the float32 value that they update."""
+_LIVE_PARAMETERS = 1_000_000_000
+"""What ZeRO-3 holds whole at once at most (DeepSpeed's stage3_max_live_parameters)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on.
+
+    Attributes:
+        frozen, trainable: parameters.
+        element: bytes of one number of the LLM.
+        decoder: its shape.
+        experts_per_token: that a token passes in each layer; 0 in a dense LLM.
+        adapter_inputs: width of what adapters see, over all layers.
+        tokens: that the LLM's layers process in one forward, padding included.
+        answer_tokens: of one forward, each of which gets logits.
+    """
+
+    frozen: int
+    trainable: int
+    element: int
+    decoder: DecoderShape
+    experts_per_token: int
+    adapter_inputs: int
+    tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights, gradients, optimizer, activations, logits: on its device.
+        host: in the memory of its machine, because it is offloaded.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def sizes_of(module: TrainingModule, batch: Batch, config: TrainConfig) -> Sizes:
+    """Sizes of a run, from its model and a batch of it."""
+    parameters = [(p, shape_of(p).numel()) for p in module.parameters()]
+    element = getattr(torch, config.model.dtype).itemsize
+    llm = module.adapter.decoder
+    return Sizes(
+        frozen=sum(size for p, size in parameters if not p.requires_grad),
+        trainable=sum(size for p, size in parameters if p.requires_grad),
+        element=element,
+        decoder=decoder_shape(llm.config, element),
+        experts_per_token=getattr(llm.config, "num_experts_per_tok", 0),
+        adapter_inputs=adapter_width(llm),
+        tokens=processed_tokens(module, batch, config),
+        answer_tokens=sum(batch.answer_tokens),
+    )
+
+
+def processed_tokens(module: TrainingModule, batch: Batch, config: TrainConfig) -> int:
+    """Tokens of a batch that the LLM's layers process in training, padding included."""
+    layout = batch.layout
+    budget = module.compressor.budget(layout)
+    media = layout.counts(Modality.VIDEO, Modality.AUDIO)
+    kept = budget.video + budget.audio
+    estimator = config.train.estimator
+    share = estimator.candidates if estimator.route == "masked" else 0.0
+    lengths = layout.counts(Modality.TEXT, Modality.IMAGE) + kept + share * (media - kept)
+    return int(lengths.max()) * len(lengths)
+
+
+def estimate(config: TrainConfig, sizes: Sizes, ranks: int) -> Memory:
+    """Memory of each of so many ranks."""
+    train, decoder = config.train, sizes.decoder
+    own = 2 if trains_in_bfloat16(config) else _FLOAT32
+    spread = [ranks if train.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    weights = sizes.frozen * sizes.element + sizes.trainable * own
+    live = 0
+    if train.zero_stage == 3:
+        live = min(weights, _LIVE_PARAMETERS * sizes.element)
+    resident = weights // spread[2]
+    optimizer = sizes.trainable * _ADAM // spread[0]
+    inputs = decoder.layers * decoder.hidden_size * sizes.element
+    layers = decoder.layers * layer_bytes(sizes, train.llm.mode) + sizes.adapter_inputs * _FLOAT32
+    # With checkpointing every layer's input, and one layer at a time in full.
+    stored = inputs + layers // decoder.layers if train.gradient_checkpointing else layers
+    host = (optimizer if train.offload.optimizer else 0) + (resident if train.offload.parameters else 0)
+    return Memory(
+        weights=(0 if train.offload.parameters else resident) + live,
+        gradients=sizes.trainable * own // spread[1],
+        optimizer=0 if train.offload.optimizer else optimizer,
+        activations=sizes.tokens * stored,
+        # The LLM's logits, the same in float32, their gradient and the softmax of the loss.
+        logits=sizes.answer_tokens * decoder.vocabulary * (sizes.element + 3 * _FLOAT32),
+        host=host,
+    )
+
+
+def layer_bytes(sizes: Sizes, mode: str) -> int:
+    """What one layer keeps of a token for its backward pass, with fused attention and without adapters.
+
+    Both norms keep a float32 copy of the residual stream; attention its queries, keys and values for every head, what
+    it says, and the quotient of the gated route; the gated feed-forward three times its width. A layer that learns
+    keeps the inputs of its linear modules, too.
+    """
+    decoder = sizes.decoder
+    norms = 2 * decoder.hidden_size * _FLOAT32
+    attention = 6 * decoder.attention_width
+    feed_forward = 3 * decoder.intermediate_size + sizes.experts_per_token * decoder.hidden_size
+    inputs = 0
+    if mode == "full":
+        inputs = (2 + sizes.experts_per_token) * decoder.hidden_size
+        inputs += decoder.attention_width + decoder.intermediate_size
+    return norms + (attention + feed_forward + inputs) * sizes.element
+
+
+def table(config: TrainConfig, sizes: Sizes, ranks: Sequence[int], device_bytes: int) -> list[str]:
+    """Lines that show the estimate for some numbers of ranks, in GiB, against what a device has."""
+    rows = ["ranks  weights  gradients  optimiser  activations  logits    sum   host"]
+    for count in ranks:
+        need = estimate(config, sizes, count)
+        parts = (need.weights, need.gradients, need.optimizer, need.activations, need.logits, need.device, need.host)
+        cells = [f"{value / 2**30:>{width}.1f}" for value, width in zip(parts, (7, 9, 9, 11, 6, 5, 5), strict=True)]
+        fits = "fits" if need.device <= 0.8 * device_bytes else "does not fit"
+        rows.append(f"{count:>5}  {'  '.join(cells)}  {fits} {device_bytes / 2**30:.0f} GiB with a fifth to spare")
+    return rows

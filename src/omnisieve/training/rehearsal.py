@@ -1,0 +1,70 @@
+"""`train.py --dry-run`: one step as a run would do it, and what the run will need."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+import torch
+
+from omnisieve.config import TrainConfig
+from omnisieve.training.estimate import sizes_of, table
+from omnisieve.training.meter import quality
+from omnisieve.training.trainer import Trainer
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def rehearse(trainer: Trainer, config: TrainConfig) -> str:
+    """Do one step and leave no checkpoint, log or export; then say what it met.
+
+    Args:
+        trainer: of the run, not yet started; spent afterwards.
+        config: of the run.
+
+    Returns:
+        lines to print: the batch, the loss, times, and the memory of a rank for several numbers of ranks.
+
+    Raises:
+        TrainingError: the step has nothing to learn from, or is not finite.
+    """
+    start = time.perf_counter()
+    window, sums = trainer.rehearse()
+    seconds = time.perf_counter() - start
+    sizes = sizes_of(trainer.module, max(window, key=lambda batch: batch.layout.length), config)
+    device = trainer.engine.device
+    lines = [
+        f"One step of {len(window)} forwards a rank in {seconds:.1f} s, which includes decoding and all first starts.",
+        "",
+        f"text and images   {sums['other']:>14,.0f} tokens",
+        f"video             {sums['video']:>14,.0f} tokens, {sums['kept_video']:,.0f} kept",
+        f"audio             {sums['audio']:>14,.0f} tokens, {sums['kept_audio']:,.0f} kept",
+        *answers(sums),
+        f"trainable         {sizes.trainable:>14,} parameters",
+        f"frozen            {sizes.frozen:>14,} parameters",
+        "",
+        f"Memory of a rank in GiB, estimated for forwards of {sizes.tokens:,} tokens in the LLM, the longest one here:",
+        *table(config, sizes, RANKS, device_bytes(device)),
+    ]
+    if device.type != "cpu":
+        peak = torch.get_device_module(device).max_memory_allocated(device)
+        lines.append(f"Measured in this step on the first rank: {peak / 2**30:.1f} GiB at its peak.")
+    return "\n".join(lines)
+
+
+def answers(sums: Mapping[str, float]) -> list[str]:
+    """What the step learned from; a warm start learns from clips alone."""
+    if "answers" not in sums:
+        return []
+    loss = quality(sums)["loss"]
+    return [
+        f"answers           {sums['answer_tokens']:>14,.0f} tokens in {sums['answers']:,.0f}, loss {loss:.3f} a token"
+    ]
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of an accelerator; on a CPU that of the machine, which its ranks share."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(torch.get_device_module(device).get_device_properties(device).total_memory)
