@@ -3,7 +3,8 @@
     python tools/dry_run.py --config recipes/omnisift_qwen2_5_omni_7b.yaml --shapes qwen2_5_omni_7b --seconds 60
 
 Everything lives on the `meta` device: shapes and dtypes are real, numbers are not. What passes here fits together:
-token layout, compressor, hooks, stock decoder, answer rows, loss and backward pass. Printed are the sizes it met.
+token layout, compressor, hooks, stock decoder, answer rows, loss and backward pass. Printed are the sizes it met and the
+memory that a rank will need.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from omnisieve.config import ConfigError, TrainConfig, read_config
 from omnisieve.data.batch import Batch, Features
 from omnisieve.data.tokens import VideoRun, expand
 from omnisieve.layout import Modality, TokenLayout
+from omnisieve.training.build import make_trainable
+from omnisieve.training.engine import trains_in_bfloat16
+from omnisieve.training.estimate import sizes_of, table
 from omnisieve.training.objective import TrainingModule
+from omnisieve.training.rehearsal import RANKS
 
 TEXT_ID, TEXT_TOKENS, ANSWER_TOKENS = 0, 60, 40
 MEL_FRAMES_PER_SECOND = 100
@@ -34,8 +39,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="a training recipe")
     parser.add_argument("--shapes", required=True, choices=SHAPES, help="of a released model")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the clip, with sound, 16:9")
+    parser.add_argument("--device-gib", type=float, default=80.0, help="memory of a GPU that the run is meant for")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.llm.mode=lora")
     args = parser.parse_args(argv)
-    config = read_config(TrainConfig, args.config)
+    config = read_config(TrainConfig, args.config, args.overrides)
     shapes = reference_config(args.shapes)
     family = family_of(shapes.model_type)
     assert family is not None, "there are shapes of supported families only"
@@ -46,9 +53,12 @@ def main(argv: list[str]) -> int:
     backbone.eval().requires_grad_(False)
     width = adapter_for(backbone).hidden_size
     method = dict(config.compressor)
+    train = config.train
     with torch.device("meta"):
         compressor = build_compressor(method.pop("method"), hidden_size=width, **method)
-    train = config.train
+        make_trainable(adapter_for(backbone), train.llm)
+    if trains_in_bfloat16(config):
+        compressor.to(torch.bfloat16)
     module = TrainingModule(
         backbone,
         compressor,
@@ -60,7 +70,7 @@ def main(argv: list[str]) -> int:
     with module.attached():
         loss = module(batch)["loss"]
         loss.backward()
-    for line in summary(backbone, compressor, batch):
+    for line in (*summary(module, batch), "", *memory(module, batch, config, args.device_gib)):
         print(line)
     return 0
 
@@ -100,17 +110,28 @@ def clip(adapter: Adapter, config: TrainConfig, seconds: float) -> Batch:
     ).to("meta")
 
 
-def summary(backbone: torch.nn.Module, compressor: torch.nn.Module, batch: Batch) -> list[str]:
+def summary(module: TrainingModule, batch: Batch) -> list[str]:
     """What the step met."""
-    budget = compressor.budget(batch.layout)
-    untouched = [name for name, p in compressor.named_parameters() if p.grad is None]
+    budget = module.compressor.budget(batch.layout)
+    learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    untouched = [name for name, p in learning.items() if p.grad is None]
     return [
-        f"frozen parameters      {sum(p.numel() for p in backbone.parameters()):>15,}",
-        f"trainable parameters   {sum(p.numel() for p in compressor.parameters()):>15,}",
+        f"frozen parameters      {sum(p.numel() for p in module.parameters() if not p.requires_grad):>15,}",
+        f"trainable parameters   {sum(p.numel() for p in learning.values()):>15,}",
+        f"  of the compressor    {sum(p.numel() for p in module.compressor.parameters()):>15,}",
         f"tokens per clip        {batch.layout.length:>15,}",
         f"  video, kept          {int(batch.layout.counts(Modality.VIDEO)[0]):>15,} {int(budget.video[0]):>9,}",
         f"  audio, kept          {int(batch.layout.counts(Modality.AUDIO)[0]):>15,} {int(budget.audio[0]):>9,}",
         f"trainables without a gradient: {', '.join(untouched) or 'none'}",
+    ]
+
+
+def memory(module: TrainingModule, batch: Batch, config: TrainConfig, device_gib: float) -> list[str]:
+    """What a rank will need."""
+    sizes = sizes_of(module, batch, config)
+    return [
+        f"Memory of a rank in GiB, estimated for forwards of {sizes.tokens:,} tokens in the LLM:",
+        *table(config, sizes, RANKS, int(device_gib * 2**30)),
     ]
 
 

@@ -1,25 +1,25 @@
-"""The recipe for the released model fits the released model's shapes."""
+"""The recipes for released models fit the released models' shapes, and the GPUs they name."""
 
 from __future__ import annotations
 
 import pytest
 from tools import dry_run
 
-RECIPE = "recipes/omnisift_qwen2_5_omni_7b.yaml"
+RECIPES = {
+    "omnisift_qwen2_5_omni_3b": ("qwen2_5_omni_3b", "4,703,464,448", "3,322,119"),
+    "omnisift_qwen2_5_omni_7b": ("qwen2_5_omni_7b", "8,931,813,888", "4,894,983"),
+    "omnisift_qwen2_5_omni_7b_full": ("qwen2_5_omni_7b", "1,316,197,376", "7,620,472,833"),
+    "omnisift_lora_qwen3_omni_30b_a3b": ("qwen3_omni_30b_a3b", "31,719,205,488", "16,691,463"),
+}
 
 
-@pytest.mark.parametrize(
-    ("shapes", "frozen", "trainable"),
-    [
-        ("qwen2_5_omni_7b", "8,931,813,888", "4,894,983"),
-        ("qwen3_omni_30b_a3b", "31,719,205,488", "3,322,119"),
-    ],
-)
-def test_one_step_of_the_7b_recipe_on_real_shapes(
-    shapes: str, frozen: str, trainable: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert dry_run.main(["--config", RECIPE, "--shapes", shapes, "--seconds", "30"]) == 0
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_step_of_a_recipe_on_real_shapes(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes, frozen, trainable = RECIPES[recipe]
+    assert dry_run.main(["--config", f"recipes/{recipe}.yaml", "--shapes", shapes, "--seconds", "30"]) == 0
     printed = capsys.readouterr().out
     assert frozen in printed
     assert trainable in printed
     assert "without a gradient: none" in printed
+    by_ranks = {line.split()[0]: line for line in printed.splitlines() if line[:5].strip().isdigit()}
+    assert " fits 80 GiB" in by_ranks["8"]
