@@ -92,12 +92,13 @@ def test_only_the_files_of_an_export_are_downloaded(compressor: Compressor, hub:
 def test_a_tuned_llm_goes_where_its_compressor_goes(compressor: Compressor, hub: LocalHub, tmp_path: Path) -> None:
     export = compressor.save_pretrained(tmp_path / "export")
     (export / "llm").mkdir()
-    for name in ("tuned_llm.json", "tuned_llm.safetensors", "tuned_llm.bin"):
-        (export / "llm" / name).write_bytes(name.encode())
+    content = dict.fromkeys(("tuned_llm.json", "tuned_llm.safetensors"), b'{"mode": "lora", "base": "tiny"}')
+    for name, written in {**content, "tuned_llm.bin": b"anything"}.items():
+        (export / "llm" / name).write_bytes(written)
     load_compressor(export).push_to_hub(REPO)
     copy = load_compressor(REPO).save_pretrained(tmp_path / "copy")
     found = {path.name: path.read_bytes() for path in (copy / "llm").iterdir()}
-    assert found == {name: name.encode() for name in ("tuned_llm.json", "tuned_llm.safetensors")}
+    assert found == content
     assert build_compressor("random", retained_ratio=0.5).tuned_llm is None
 
 

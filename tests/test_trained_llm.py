@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omnisieve import load_compressor, tune_llm, tuned_llm
-from omnisieve.artifact import LLM_FOLDER, ArtifactError, save_compressor
+from omnisieve.artifact import CARD_FILE, LLM_CONFIG_FILE, LLM_FOLDER, ArtifactError, save_compressor
 from omnisieve.backbones import BackboneError, adapter_for
 from omnisieve.backbones.tuning import LoraVariants, add_lora
 from omnisieve.compressors import build_compressor
 from omnisieve.config import LoraSection
 from omnisieve.files import sha256
-from omnisieve.trained_llm import CONFIG_FILE, WEIGHTS_FILE, add_variant, has_tuned_llm, read_tuned_llm
+from omnisieve.trained_llm import WEIGHTS_FILE, add_variant, has_tuned_llm, read_tuned_llm
 from tests.models import FAMILIES, HIDDEN, SILENT, SOUNDING, tiny_inputs, tiny_thinker
 from tests.trained import export_tuned, lora_section
 
@@ -154,7 +154,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 
 def rewrite_config(folder: Path, **values: object) -> None:
-    path = folder / LLM_FOLDER / CONFIG_FILE
+    path = folder / LLM_FOLDER / LLM_CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
@@ -222,10 +222,10 @@ def test_damage_is_one_error(tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ArtifactError, match="not the file that .* was written with"):
+    with pytest.raises(ArtifactError, match="missing or not the file that"):
         read_tuned_llm(folder)
     weights.unlink()
-    with pytest.raises(ArtifactError, match="is missing"):
+    with pytest.raises(ArtifactError, match="is missing or"):
         read_tuned_llm(folder)
     weights.write_bytes(b"nothing")
     rewrite_config(folder, weights_sha256=sha256(weights))
@@ -247,7 +247,7 @@ def test_foreign_descriptions_are_refused(values: dict, told: str, tmp_path: Pat
     rewrite_config(folder, **values)
     with pytest.raises(ArtifactError, match=told):
         read_tuned_llm(folder)
-    (folder / LLM_FOLDER / CONFIG_FILE).write_text("{")
+    (folder / LLM_FOLDER / LLM_CONFIG_FILE).write_text("{")
     with pytest.raises(ArtifactError, match="not valid JSON"):
         read_tuned_llm(folder)
 
@@ -259,6 +259,25 @@ def test_an_export_without_an_llm_is_refused(tmp_path: Path) -> None:
         tune_llm(tiny_thinker(), folder)
     with pytest.raises(ArtifactError, match="no exported compressor"):
         tune_llm(tiny_thinker(), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("lora", "with tuned_llm(model, SOURCE), attach(model,"),
+        ("full", "\ntune_llm(model, SOURCE)\nwith attach(model,"),
+    ],
+)
+def test_it_travels_with_its_compressor_whose_card_says_how_to_use_it(mode, told: str, tmp_path: Path) -> None:
+    folder, trained = export_tuned(tmp_path / "out", mode)
+    copy = load_compressor(folder).save_pretrained(tmp_path / "copy")
+    for export in (folder, copy):
+        card = (export / CARD_FILE).read_text()
+        assert told in card
+        assert "together with the LLM tiny" in card
+    model = tiny_thinker()
+    tune_llm(model, copy)
+    torch.testing.assert_close(logits(model), logits(trained), rtol=1e-4, atol=1e-4)
 
 
 def test_the_compressor_of_such_an_export_loads_alone(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 LLM_FOLDER = "llm"
 """Within an export: what training changed of the LLM, see `omnisieve.trained_llm`."""
+LLM_CONFIG_FILE = "tuned_llm.json"
+"""In that folder: whether that is adapters or all of it, and of which LLM."""
 SHARED = (*FILES, f"{LLM_FOLDER}/*.json", f"{LLM_FOLDER}/*.safetensors")
 """What goes to the hub and comes from it."""
 KEPT_OF_A_RUN = ("best", "last")
@@ -87,7 +89,8 @@ def save_compressor(
         if also is not None:
             also(staging)
         elif compressor.tuned_llm is not None:
-            shutil.copytree(compressor.tuned_llm, staging / LLM_FOLDER)
+            _copy(compressor.tuned_llm, staging / LLM_FOLDER)
+        (staging / CARD_FILE).write_text(_card(read_config(staging), staging), encoding="utf-8")
         _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -227,10 +230,17 @@ def _write(compressor: Compressor, folder: Path, card: dict[str, Any]) -> None:
         "provenance": card,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(_card(config), encoding="utf-8")
     # mkdtemp and safetensors make private files; an export is meant to be shared.
     folder.chmod(0o755)
     (folder / WEIGHTS_FILE).chmod(0o644)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder and compare what arrived."""
+    shutil.copytree(source, target)
+    for path in source.iterdir():
+        if sha256(path) != sha256(target / path.name):
+            raise ArtifactError(f"{path}: its copy reads back differently")
 
 
 def _load_weights(compressor: Compressor, path: Path, expected_hash: str) -> None:
@@ -297,13 +307,13 @@ _CARD = """\
 # {method}, a token compressor
 
 Decides which video and audio tokens an omni-modal LLM sees. It holds {parameters:,} parameters and none of
-the LLM's; it fits LLMs whose embeddings are {width} wide.
+the LLM's; it fits LLMs whose embeddings are {width} wide.{llm}
 
 ```python
-from omnisieve import attach, load_compressor
+from omnisieve import attach, load_compressor{imported}
 
 compressor = load_compressor(SOURCE)  # this folder, or OWNER/NAME on the hub; retained_ratio=0.35 sets another ratio
-with attach(model, compressor.to(model.device)):
+{before}with {context}attach(model, compressor.to(model.device)):
     model.generate(**inputs)
 ```
 
@@ -317,9 +327,29 @@ Written by omnisieve {version}.
 """
 
 
-def _card(config: Mapping[str, Any]) -> str:
+_LLM = """ It was trained together with the LLM {base}, and for no other:
+the folder `{folder}` holds {what}."""
+# What the usage of an export with a tuned LLM needs beside that of others.
+_USES = {
+    "lora": {
+        "what": "low-rank adapters, which `tuned_llm` puts on and off",
+        "imported": ", tuned_llm",
+        "context": "tuned_llm(model, SOURCE), ",
+        "before": "",
+    },
+    "full": {
+        "what": "its layers, embeddings and head, which `tune_llm` puts in for good",
+        "imported": ", tune_llm",
+        "context": "",
+        "before": "tune_llm(model, SOURCE)\n",
+    },
+}
+
+
+def _card(config: Mapping[str, Any], folder: Path) -> str:
     provenance = config["provenance"]
     return _CARD.format(
+        **_usage(folder / LLM_FOLDER / LLM_CONFIG_FILE),
         header=yaml.safe_dump(_header(config["method"], provenance), sort_keys=False),
         method=config["method"],
         parameters=config["parameters"],
@@ -328,6 +358,15 @@ def _card(config: Mapping[str, Any]) -> str:
         provenance=_table(provenance) if provenance else "Not recorded.",
         version=config["library_version"],
     )
+
+
+def _usage(tuned: Path) -> dict[str, str]:
+    """What a card says of an LLM that was tuned, too."""
+    if not tuned.is_file():
+        return dict.fromkeys(("llm", "imported", "context", "before"), "")
+    llm = json.loads(tuned.read_text(encoding="utf-8"))
+    uses = _USES[llm["mode"]]
+    return {**uses, "llm": _LLM.format(base=llm["base"], folder=LLM_FOLDER, what=uses["what"])}
 
 
 def _header(method: str, provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from omnisieve.artifact import LLM_FOLDER, ArtifactError, locate, read_config
+from omnisieve.artifact import LLM_CONFIG_FILE, LLM_FOLDER, ArtifactError, locate, read_config
 from omnisieve.backbones import BackboneError, adapter_for
 from omnisieve.backbones.tuning import LoraVariants, add_lora, load_trained, remove_lora, train_all, trainable
 from omnisieve.config import ConfigError, LoraSection
 from omnisieve.files import sha256
 
-CONFIG_FILE, WEIGHTS_FILE = "tuned_llm.json", "tuned_llm.safetensors"
+WEIGHTS_FILE = "tuned_llm.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -61,7 +61,7 @@ class TunedLlm:
             "lora": None if self.lora is None else asdict(self.lora),
             "weights_sha256": sha256(folder / WEIGHTS_FILE),
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / LLM_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         read = load_file(folder / WEIGHTS_FILE)
         different = [name for name, value in self.tensors.items() if not _same(value, read.get(name))]
         if different or read.keys() != self.tensors.keys():
@@ -74,7 +74,7 @@ def has_tuned_llm(export: str | Path) -> bool:
     Args:
         export: see `read_tuned_llm`.
     """
-    return (locate(export) / LLM_FOLDER / CONFIG_FILE).is_file()
+    return (locate(export) / LLM_FOLDER / LLM_CONFIG_FILE).is_file()
 
 
 def read_tuned_llm(export: str | Path) -> TunedLlm:
@@ -88,12 +88,12 @@ def read_tuned_llm(export: str | Path) -> TunedLlm:
     """
     read_config(locate(export))
     folder = locate(export) / LLM_FOLDER
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / LLM_CONFIG_FILE).is_file():
         raise ArtifactError(f"{export} holds no tuned LLM: its compressor was trained on a frozen one")
-    config = _read_config(folder / CONFIG_FILE)
+    config = _read_config(folder / LLM_CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     if not path.is_file() or sha256(path) != config["weights_sha256"]:
-        raise ArtifactError(f"{path} is missing or not the file that {CONFIG_FILE} was written with; copy it again")
+        raise ArtifactError(f"{path} is missing or not the file that {LLM_CONFIG_FILE} was written with; copy it again")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
