@@ -15,7 +15,7 @@ from omnisieve.config import EstimatorSection, RatioSection
 from omnisieve.training.distributed import Ranks
 from tests.distributed.launch import run_distributed
 from tests.training.clips import lasting
-from tests.training.runs import compressor_of, make_config, make_trainer
+from tests.training.runs import VAL_BATCHES, compressor_of, make_config, make_trainer
 
 # The same four clips per step, in every way that one rank and two ranks can take them.
 SPREADS = {
@@ -52,7 +52,8 @@ def job(ranks: Ranks, folder: Path) -> dict[str, Any]:
             found[f"{name}, grouped"] = first_step(ranks, folder / f"{name}, grouped", max_grad_norm=1e9, **by_length)
     found["clipped"] = first_step(ranks, folder / "clipped", max_grad_norm=0.5, **options)
     found["free"], found["free folder"] = found[name], folder / name
-    random = {"estimator": EstimatorSection("masked", 0.5), "ratio": RatioSection(0.2, 0.6), "eval_every": 2}
+    random = {"estimator": EstimatorSection("masked", 0.5), "ratio": RatioSection(0.2, 0.6)}
+    random |= {"eval_every": 2, "histogram_every": 2}
     found["whole"] = run(ranks, folder / "whole", max_steps=6, save_every=3, **random)
     middle = folder / "whole" / "checkpoints" / "checkpoint-3"
     found["resumed"] = run(ranks, folder / "resumed", max_steps=6, resume=str(middle), **random)
@@ -125,6 +126,32 @@ def test_resumed_is_uninterrupted(results, size: int, name: str):
 
 def test_log_of_a_resumed_run_is_that_of_an_uninterrupted_one(results):
     assert read_log(results[2][0] / "parts") == read_log(results[2][0] / "whole")
+
+
+def test_the_log_says_what_changed_and_how_scores_lie(results):
+    log = read_log(results[2][0] / "whole")
+    assert [record["step"] for record in log if "churn/video" in record] == [4, 6]
+    assert [record["step"] for record in log if "score_audio/p50" in record] == [2, 4, 6]
+    assert any(record.get("churn/video", 0) > 0 for record in log)
+    # Resumed from between two validations.
+    assert read_log(results[2][0] / "resumed") == [record for record in log if record["step"] > 3]
+
+
+def test_the_log_says_where_time_and_memory_go(results):
+    lines = (results[2][0] / "whole" / "metrics.jsonl").read_text().splitlines()
+    names = {name for name in json.loads(lines[0]) if name.startswith(("seconds/", "memory_gib/"))}
+    laps = ("step", "data_wait", "rank_wait", "encoders", "forward", "backward", "optimiser")
+    assert names == {*(f"seconds/{lap}" for lap in laps), "memory_gib/process", "memory_gib/machine_free"}
+
+
+def test_pictures_of_a_resumed_run_are_those_of_an_uninterrupted_one(results):
+    drawn = {
+        name: {path.name: path.read_bytes() for path in (results[2][0] / name / "images").iterdir()}
+        for name in ("whole", "parts")
+    }
+    assert {name[5:12] for name in drawn["whole"]} == {"0000002", "0000004", "0000006"}
+    assert len(drawn["whole"]) == 3 * VAL_BATCHES
+    assert drawn["parts"] == drawn["whole"]
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

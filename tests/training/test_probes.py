@@ -19,6 +19,7 @@ from tests.models import SILENT, SOUNDING, SPEECH, tiny_thinker
 from tests.training.batches import make_batch
 from tests.training.clips import probes_of
 from tests.training.runs import Alone
+from tests.waiting import NoWaiting
 
 CLIPS = [SOUNDING, SILENT, SPEECH]
 
@@ -97,6 +98,12 @@ def test_clips_of_other_ranks_count_and_padding_does_not(batches):
         expected = look(alone, batches, seed)
     assert found == pytest.approx(expected)
     assert probes.state_dict().keys() == alone.state_dict().keys()
+
+
+def test_noting_what_stays_never_waits_for_the_device(batches):
+    keep = draw(batches[0], 0).to("meta")
+    with NoWaiting():
+        make(batches).note(batches[0], keep)
 
 
 def test_clips_that_are_no_probes_are_not_looked_at(batches):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from omnisieve.layout import Modality, TokenLayout, TokenMap
 from omnisieve.training.scores import BUCKETS, EDGES, QUANTILES, Distribution, ScoreMeter, moments
 from tests.training.runs import Alone
+from tests.waiting import NoWaiting
 
 
 class Summing(Alone):
@@ -79,5 +80,8 @@ def test_a_modality_that_did_not_occur_and_plans_without_scores_are_left_out():
 
 
 def test_counting_never_waits_for_the_device():
-    scores = torch.empty(2, 5, device="meta")  # nothing can be read of it
-    assert moments(scores, torch.empty(2, 5, dtype=torch.bool, device="meta")).shape == (2 + BUCKETS,)
+    layout = layout_of([Modality.VIDEO, Modality.AUDIO, Modality.TEXT]).to("meta")
+    meter = ScoreMeter(Summing())
+    with NoWaiting():
+        for _ in range(2):
+            meter.add(torch.empty(1, 3, device="meta"), layout)
