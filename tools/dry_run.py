@@ -3,8 +3,8 @@
     python tools/dry_run.py --config recipes/omnisift_qwen2_5_omni_7b.yaml --shapes qwen2_5_omni_7b --seconds 60
 
 Everything lives on the `meta` device: shapes and dtypes are real, numbers are not. What passes here fits together:
-token layout, compressor, hooks, stock decoder, answer rows, loss and backward pass. Printed are the sizes it met and the
-memory that a rank will need.
+token layout, compressor, hooks, stock decoder, answer rows, loss and backward pass. Printed are the sizes it met
+and the memory that a rank will need.
 """
 
 from __future__ import annotations
