@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from omnisieve.backbones import Estimator, adapter_for
 from omnisieve.compressors import build_compressor
 from omnisieve.compressors.base import Need
+from omnisieve.config import LlmSection, LoraSection
 from omnisieve.data.batch import Batch
 from omnisieve.layout import Modality
+from omnisieve.training.build import make_trainable
 from omnisieve.training.lockstep import Lockstep
 from omnisieve.training.objective import TrainingModule
 from tests.models import FAMILIES, PICTURE, QWEN3, SILENT, SOUNDING, SPEECH, Media, tiny_thinker
@@ -54,10 +56,13 @@ class Calls:
         return list(self.names)
 
 
+LORA = LlmSection(mode="lora", lora=LoraSection(targets=["q_proj", "o_proj"]))
 OPTIONS: dict[str, dict[str, Any]] = {
     "masked": {"estimator": Estimator("masked", 0.5)},
     "hard drop, recomputed": {"estimator": Estimator("hard_drop"), "gradient_checkpointing": True},
     "statistics, distilled": {"base": "omnizip", "distill_weight": 0.5},
+    "adapters": {"estimator": Estimator("hard_drop"), "llm": LORA},
+    "all of the LLM": {"llm": LlmSection(mode="full")},
     "warm start": {"teacher": build_compressor("fastv_om", retained_ratio=0.5)},
 }
 
@@ -67,7 +72,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_calls_are_the_same_whatever_a_batch_holds(monkeypatch: pytest.MonkeyPatch, family: str, name: str):
     monkeypatch.setattr("omnisieve.backbones.inner.is_partitioned", lambda decoder: True)
     backbone = tiny_thinker(family=family)
-    module = make_module(backbone, **OPTIONS[name])
+    options = dict(OPTIONS[name])
+    make_trainable(adapter_for(backbone), options.pop("llm", LlmSection()))
+    module = make_module(backbone, **options)
     calls = Calls(module)
     warm = {"warm_start": name == "warm start"}
     found = {kind: calls.of(module, make_batch(backbone, clips), **warm) for kind, clips in KINDS.items()}
