@@ -17,6 +17,7 @@ from omnisieve.config import ConfigError, EvalConfig, TrainConfig, read_config
 from omnisieve.data.feature_cache import FeatureCacheError
 from omnisieve.data.synthetic import manifest_text, write_clip
 from omnisieve.evaluation.evaluate import evaluate
+from omnisieve.training.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -141,6 +142,18 @@ def test_processes_share_the_files_and_go_on_where_they_were_killed(
 def test_another_format_is_refused_by_its_name(recipe: Path) -> None:
     with pytest.raises(FeatureCacheError, match=r"data\.feature_cache_dtype: cached 'float32', asked 'int8'"):
         cache_features.main(["--config", str(recipe), "data.feature_cache_dtype=int8"])
+
+
+def test_each_process_has_an_accelerator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    assert [cache_features.find_device(rank) for rank in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert chosen == [0, 1]
+    with pytest.raises(TrainingError, match=r"process 2 .* there are 2: .*--nproc_per_node 2"):
+        cache_features.find_device(2)
 
 
 def test_the_folder_must_be_named(recipe: Path) -> None:
