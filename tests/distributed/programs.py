@@ -12,11 +12,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from safetensors.torch import load_file
 
 from omnisieve.training.checkpoint import verify
+from tests.training.clips import lasting
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,9 +124,9 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-def log_without_times(output_dir: Path) -> list[dict[str, float]]:
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if "second" not in name} for line in lines]
+def lasting_log(output_dir: Path) -> list[dict[str, Any]]:
+    """The log without what another run may do otherwise."""
+    return [lasting(json.loads(line)) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -20,7 +20,7 @@ from tests.distributed.programs import (
     largest_difference,
     last_checkpoint,
     last_logged,
-    log_without_times,
+    lasting_log,
     start,
     start_two_ranks,
     two_ranks,
@@ -87,7 +87,7 @@ def test_signals_to_one_rank_after_another_lose_nothing(clips: Path, tmp_path: P
     for status, output in two_ranks(*parts):
         assert status == 0, output
     assert largest_difference(tmp_path / "whole", tmp_path / "parts") == 0
-    assert log_without_times(tmp_path / "parts") == log_without_times(tmp_path / "whole")
+    assert lasting_log(tmp_path / "parts") == lasting_log(tmp_path / "whole")
 
 
 @pytest.mark.slow
