@@ -6,8 +6,9 @@ head. Names of tensors do not depend on the module tree of a transformers versio
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 
 from omnisieve.artifact import LLM_CONFIG_FILE, LLM_FOLDER, ArtifactError, locate, read_config
 from omnisieve.backbones import BackboneError, adapter_for
+from omnisieve.backbones.loading import Precision, load_backbone
+from omnisieve.backbones.media import load_processor
 from omnisieve.backbones.tuning import LoraVariants, add_lora, load_trained, remove_lora, train_all, trainable
 from omnisieve.config import ConfigError, LoraSection
 from omnisieve.files import sha256
 
 WEIGHTS_FILE = "tuned_llm.safetensors"
 FORMAT_VERSION = 1
+_SHARD = "5GB"
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,61 @@ def apply_tuned(model: nn.Module, tuned: TunedLlm) -> None:
     model.requires_grad_(False)
 
 
+def save_tuned_model(
+    export: str | Path,
+    folder: Path,
+    base: str | Path | None = None,
+    dtype: Precision | None = None,
+    note: Callable[[str], None] = print,
+) -> None:
+    """Write the LLM that an exported compressor was trained with as a stock model, with its processor.
+
+    It is read back and compared. One model is in memory at a time.
+
+    Args:
+        export: see `read_tuned_llm`.
+        folder: to write; `load_backbone` and transformers read it as a thinker.
+        base: folder or hub name of the LLM that the training started from; as the export says if None.
+        dtype: of the weights; if None, that in which the base is stored, or in which an LLM was tuned as a whole.
+            See `tune_llm` for adapters in bfloat16.
+        note: is told what is being done.
+
+    Raises:
+        ArtifactError: see `read_tuned_llm`; or what was read back differs. BackboneError: the base is not there, or
+            the weights do not fit it.
+    """
+    tuned = read_tuned_llm(export)
+    base = base or tuned.base
+    # Before the model is loaded: a missing file should show at once.
+    processor = load_processor(base)
+    note(f"reading {base}")
+    model = load_backbone(base, dtype or _precision(tuned))
+    note("merging its adapters" if tuned.lora is not None else "putting in its layers, embeddings and head")
+    apply_tuned(model, tuned)
+    expected = _digests(model)
+    note(f"writing {sum(parameter.numel() for parameter in model.parameters()) / 1e9:.3g} billion parameters")
+    model.save_pretrained(folder, max_shard_size=_SHARD)
+    processor.save_pretrained(folder)
+    del model
+    note("reading it back")
+    found = _digests(load_backbone(folder, "auto"))
+    if different := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
+        raise ArtifactError(f"{folder}: what was written reads back differently: {', '.join(different[:8])}")
+
+
+def _precision(tuned: TunedLlm) -> Precision:
+    float32 = any(value.dtype == torch.float32 for value in tuned.tensors.values())
+    return "auto" if tuned.lora is not None else "float32" if float32 else "bfloat16"
+
+
+def _digests(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """What tells the weights of two models apart, of which only one is in memory."""
+    return {
+        name: (f"{value.dtype} {tuple(value.shape)}", hashlib.sha256(_bytes(value).numpy()).hexdigest())
+        for name, value in model.state_dict().items()
+    }
+
+
 @contextmanager
 def tuned_llm(model: nn.Module, export: str | Path) -> Iterator[None]:
     """Inside, a stock model has the adapters that an exported compressor was trained with; outside, it has not.
@@ -199,5 +258,9 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
         other is not None
         and one.dtype == other.dtype
         and one.shape == other.shape
-        and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+        and torch.equal(_bytes(one), _bytes(other))
     )
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)

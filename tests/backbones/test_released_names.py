@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5OmniConfig, Qwen3OmniMoeConfig
 
 from omnisieve.backbones import load_backbone
-from tests.models import FAMILIES, QWEN3, SILENT, SOUNDING, tiny_config, tiny_inputs, tiny_thinker
+from tests.models import FAMILIES, QWEN3, SILENT, SOUNDING, family_of, tiny_config, tiny_inputs, tiny_thinker
 
 RENAMED = {"model.audio_tower.": "audio_tower.", "model.visual.": "visual.", "model.language_model.": "model."}
 
@@ -33,12 +33,19 @@ def released(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{stem}.experts.{expert}.{part}.weight", weight.clone()
 
 
+def save_released(model: nn.Module, folder: Path) -> Path:
+    """A thinker in the folder of a whole model."""
+    family = family_of(model)
+    whole = Qwen3OmniMoeConfig if family == QWEN3 else Qwen2_5OmniConfig
+    whole(thinker_config=tiny_config(family=family).to_dict(), enable_audio_output=False).save_pretrained(folder)
+    save_file(dict(released(model)), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_released_checkpoint_is_loaded(family: str, tmp_path: Path):
     model = tiny_thinker(family=family)
-    save_file(dict(released(model)), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    whole = Qwen3OmniMoeConfig if family == QWEN3 else Qwen2_5OmniConfig
-    whole(thinker_config=tiny_config(family=family).to_dict(), enable_audio_output=False).save_pretrained(tmp_path)
+    save_released(model, tmp_path)
     inputs = tiny_inputs(model, [[SOUNDING], [SILENT]])
     with torch.no_grad():
         assert torch.equal(load_backbone(tmp_path)(**inputs).logits, model(**inputs).logits)

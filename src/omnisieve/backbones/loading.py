@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from omnisieve.backbones.adapter import BackboneError
 from omnisieve.backbones.families import FAMILIES, Family, family_of
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "auto"]
 
 
 @contextmanager
@@ -52,7 +52,8 @@ def load_backbone(
 
     Args:
         path: folder or hub name of a thinker, or of a whole model, of which only the thinker is loaded.
-        dtype: of the weights. The rotary frequencies stay float32, which casting a loaded model would not do.
+        dtype: of the weights; "auto" is that in which they are stored. The rotary frequencies stay float32, which
+            casting a loaded model would not do.
         attn_implementation: "sdpa", "eager" or "flash_attention_2".
         device: where to; the CPU when None.
 
@@ -60,10 +61,10 @@ def load_backbone(
         BackboneError: there is no such model, it is another one or lacks weights, or the package of its attention is
             missing.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise BackboneError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'")
+    if dtype not in ("float32", "bfloat16", "auto"):
+        raise BackboneError(f"dtype is {dtype!r}; choose 'float32', 'bfloat16' or 'auto'")
     family = find_model(path)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     model: Any
     try:
         model, found_weights = family.thinker.from_pretrained(str(path), output_loading_info=True, **options)
