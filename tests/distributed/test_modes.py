@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from omnisieve.backbones.tuning import trainable
-from omnisieve.config import LlmSection, LoraSection, OffloadSection
+from omnisieve.config import EstimatorSection, LlmSection, LoraSection, OffloadSection, RatioSection, WarmStartSection
 from omnisieve.data.sampler import StreamSampler
+from omnisieve.trained_llm import has_tuned_llm, read_tuned_llm
 from omnisieve.training import CheckpointError, Trainer
 from omnisieve.training.checkpoint import BEST, LAST
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import collect
-from omnisieve.trained_llm import has_tuned_llm, read_tuned_llm
 from tests.distributed.launch import run_distributed
 from tests.training.batches import CLIPS
 from tests.training.runs import make_config, make_trainer
@@ -33,6 +33,14 @@ STEPS, UNREADABLE = 6, frozenset({5})
 EPOCH = len(CLIPS) // 2  # steps, of two clips each
 # The same eight clips in one step.
 SPREADS = {1: {"batch of 8": (8, 1), "8 accumulations": (1, 8)}, 2: {"4 each": (4, 1), "2 x 2 each": (2, 2)}}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recomputed": {"gradient_checkpointing": True},
+    "distilled": {"distill_weight": 0.5},
+    "sampled": {"estimator": EstimatorSection("masked", 0.5), "ratio": RatioSection(0.2, 0.6)},
+    "dropped": {"estimator": EstimatorSection("hard_drop")},
+    "warmed up": {"init_from": "fastv_om", "warm_start": WarmStartSection(1, {"k": 1})},
+}
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +93,8 @@ def job(ranks: Ranks, folder: Path) -> dict[str, Any]:
         offload = OffloadSection(optimizer=True, parameters=stage == 3)
         run(ranks, folder / f"{mode} {stage} offloaded", mode, stage, max_steps=3, eval_every=3, offload=offload)
         run(ranks, folder / f"{mode} {stage} bfloat16", mode, stage, max_steps=2)
+    for mode, stage, (name, options) in product(MODES, (1, 3), VARIANTS.items()):
+        run(ranks, folder / f"{mode} {stage} {name}", mode, stage, max_steps=3, eval_every=2, **options)
     for mode, stage in product(MODES, (2, 3)):
         options = {"max_steps": STEPS, "eval_every": 3, "save_every": 1, "save_total_limit": STEPS}
         whole = folder / f"{mode} {stage} whole"
@@ -134,6 +144,21 @@ def test_log_does_not_depend_on_what_is_sharded_or_offloaded(results, mode: str,
     reference = read_log(results[2][0] / f"{mode} 1")
     assert len(reference) == 4  # steps and a validation
     for record, expected in zip(read_log(results[2][0] / f"{mode} {stage}{place}"), reference, strict=True):
+        assert record == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_log_of_a_variant_does_not_depend_on_what_is_sharded(results, mode: str, variant: str):
+    reference, sharded = (read_log(results[2][0] / f"{mode} {stage} {variant}") for stage in (1, 3))
+    for record, expected in zip(sharded, reference, strict=True):
+        assert record == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputing_layers_changes_no_log(results, mode: str):
+    stored, recomputed = (read_log(results[2][0] / f"{mode} 1{name}")[:2] for name in ("", " recomputed"))
+    for record, expected in zip(recomputed, stored, strict=True):
         assert record == pytest.approx(expected, rel=1e-3)
 
 
