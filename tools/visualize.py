@@ -5,7 +5,7 @@
     python tools/visualize.py --config recipes/quickstart.yaml --compressor stvp --ratio 0.25 --clip 3 --output stvp.png
 
 The clip is read from its file and goes through the recipe's model; nothing is generated. Any method that decides before
-the LLM can be drawn. The suffix of the output says its format, such as .png or .jpg.
+the LLM can be drawn.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from omnisieve.data.manifest import Manifest
 from omnisieve.evaluation.methods import resolve_methods
 from omnisieve.training.pictures import asked, clip_media, picture
 
+SUFFIXES = (".png", ".jpg", ".webp")
+
 
 def main(argv: list[str]) -> int:
     """Load, plan, draw."""
@@ -43,6 +45,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
     parser.add_argument("overrides", nargs="*", help="keys of the recipe, such as model.path=...")
     args = parser.parse_args(argv)
+    if args.output.suffix not in SUFFIXES:
+        parser.error(f"--output {args.output}: the picture's suffix must be one of {', '.join(SUFFIXES)}")
     config = load_recipe(args.config, args.overrides)
     clips = Manifest(args.manifest or manifest_of(config))
     if not 0 <= args.clip < len(clips):
@@ -64,6 +68,7 @@ def main(argv: list[str]) -> int:
         keep.cpu().numpy()[0],
         f"{sample.id}, {args.compressor}, {asked(compressor.settings)}",
     )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(drawn).save(args.output)
     print(f"drawn: {args.output}")
     return 0

@@ -71,3 +71,9 @@ def test_an_exported_compressor_and_a_method_are_drawn(folder: Path) -> None:
 def test_what_cannot_be_drawn_is_named(folder: Path, words: list[str], error: type[Exception], reason: str) -> None:
     with pytest.raises(error, match=reason):
         draw(folder, *words)
+
+
+def test_an_unknown_format_is_refused_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        draw(folder, "--compressor", "nothing", "--output", "clip.svg")
+    assert "must be one of .png" in capsys.readouterr().err

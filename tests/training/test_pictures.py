@@ -92,6 +92,18 @@ def test_frames_keep_their_proportions(height: int, width: int, count: int):
     assert lengths[1] / count / lengths[0] == pytest.approx(width / height, rel=0.02)
 
 
+@pytest.mark.parametrize("columns", [6, 24, 40])
+def test_tokens_are_wide_enough_to_be_told_apart(columns: int):
+    film = Film(np.full((6, columns * 14, columns * 28, 3), 200, np.uint8), range(6), 2.0)
+    shown = (strip(film, np.zeros((6, columns // 2, columns), dtype=bool)) == 100).all(-1)
+    edges = np.diff(shown[5].astype(int), prepend=0, append=0)
+    widths = np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
+    assert widths.min() >= 11 * columns
+    assert widths.max() == widths.min()
+    frames = shown.sum() / (widths[0] * widths[0] / 2)
+    assert frames == pytest.approx(6, rel=0.01)  # all of them, whole
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_token_has_the_cell_and_the_time_that_the_model_gives_it(family: str):
     sample, tool, frames = sample_of(family)

@@ -19,7 +19,7 @@ from omnisieve.layout import Modality, TokenMap
 WIDTH = 960
 """Of a picture, in pixels."""
 _MARGIN, _GAP = 10, 6
-_WIDEST_FRAME = 300
+_TOKEN, _WIDEST_FRAME = 11, 300  # narrowest token
 _MEL_HEIGHT, _BAR_HEIGHT = 128, 8
 _LINE, _TITLE = 18, 22  # heights of a line of text and of the title
 _INK, _GREY, _EDGE, _KEPT, _DROPPED = (20, 20, 20), (110, 110, 110), (255, 196, 0), (34, 139, 84), (215, 215, 215)
@@ -146,24 +146,31 @@ def kept_cells(keep: np.ndarray, tokens: TokenMap, item: int) -> np.ndarray:
 
 
 def strip(film: Film, cells: np.ndarray) -> np.ndarray:
-    """Frames side by side with the time under each, uint8 [H, WIDTH, 3].
+    """Frames side by side with the time under each, in as many rows as it takes to see their tokens.
 
     Args:
         film: n frames.
         cells: bool [steps, rows, columns], which tokens of the whole video stay.
+
+    Returns:
+        uint8 [H, WIDTH, 3].
     """
     count, (height, width) = len(film.frames), film.frames.shape[1:3]
-    shown_width = min((WIDTH - 2 * _MARGIN - (count - 1) * _GAP) // count, _WIDEST_FRAME)
+    narrowest = _TOKEN * cells.shape[2]
+    room = WIDTH - 2 * _MARGIN + _GAP
+    per_row = min(max(room // (narrowest + _GAP), 1), count)
+    shown_width = min(room // per_row - _GAP, max(_WIDEST_FRAME, narrowest))
     shown_height = round(shown_width * height / width)
-    canvas = Image.new("RGB", (WIDTH, shown_height + _LINE), "white")
+    canvas = Image.new("RGB", (WIDTH, -(-count // per_row) * (shown_height + _LINE)), "white")
     pen = ImageDraw.Draw(canvas)
     for number, (frame, step) in enumerate(zip(film.frames, film.steps, strict=True)):
-        left = _MARGIN + number * (shown_width + _GAP)
+        row, column = divmod(number, per_row)
+        left, top = _MARGIN + column * (shown_width + _GAP), row * (shown_height + _LINE)
         resized = np.asarray(Image.fromarray(frame).resize((shown_width, shown_height), Image.Resampling.BICUBIC))
-        canvas.paste(Image.fromarray(marked(resized, cells[step])), (left, 0))
+        canvas.paste(Image.fromarray(marked(resized, cells[step])), (left, top))
         label = f"{step * film.seconds_per_step:.1f} s: {cells[step].sum()} of {cells[step].size}"
-        middle = left + shown_width // 2
-        pen.text((middle, shown_height + _LINE / 2), label, _INK, ImageFont.load_default(12), anchor="mm")
+        place = (left + shown_width // 2, top + shown_height + _LINE / 2)
+        pen.text(place, label, _INK, ImageFont.load_default(12), anchor="mm")
     return np.asarray(canvas)
 
 
