@@ -149,6 +149,11 @@ def test_a_wrong_list_item_names_the_list(tmp_path: Path):
         ("model.attn_implementation=flash_attention_2", "is not used by train.estimator.route masked"),
         ("model.attn_implementation=eager", "eager is not used by train.estimator.route masked"),
         ("data.max_pixels=10", "data.min_pixels 3136 is above data.max_pixels 10"),
+        ("data.max_tokens=0", "data.max_tokens is 0; it must be above 0"),
+        (
+            "data={max_tokens: 9, too_long: lower_fps, feature_cache: features}",
+            "data.too_long is lower_fps, but the frame rate of what is in data.feature_cache is fixed",
+        ),
         ("data.audio.max_seconds=-1", "data.audio.max_seconds is -1.0"),
     ],
 )

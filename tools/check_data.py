@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     samples = list(lines)
     if loader is not None:
         sizes = {part: size_of(row) for part, row in zip(parts, files, strict=True)}
-        counter = Samples(manifest, loader, compressor, sizes, args.max_tokens)
+        counter = Samples(manifest, loader, compressor, sizes, args.max_tokens or config.data.max_tokens)
         samples = list(tqdm(ahead(counter, args.workers), total=len(counter), desc="samples", unit="sample"))
         write_sizes(folder / SIZES, args.manifest, loader.preprocessing(""), map(sizes_of, samples))
     write_rows(folder / SAMPLES, samples)
@@ -82,7 +82,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example data.fps=1")
     parser.add_argument("--config", help="recipe of training: counts tokens for its model and compressor")
     parser.add_argument("--ratio", type=float, help="retained ratio; the recipe's")
-    parser.add_argument("--max-tokens", type=int, help="count samples that are longer, before compression")
+    parser.add_argument(
+        "--max-tokens", type=int, help="count samples that are longer, before compression; the recipe's"
+    )
     parser.add_argument("--decode", action="store_true", help="decode every file as training would; takes far longer")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes")
     parser.add_argument("--report", type=Path, help="folder of the report; MANIFEST.check")

@@ -198,7 +198,7 @@ def test_bad_files_are_replaced_by_a_function_of_the_index(
     assert (bad.id, bad.path, bad.kind, bad.replacement) == ("bad", str(tmp_path / "broken.mp4"), "empty", one.id)
     assert dataset[2].failures == ()
     assert make_batch([one, dataset[1]]).failures == one.failures
-    with pytest.raises(DataError, match=r"cannot be read; first: .*broken\.mp4"):
+    with pytest.raises(DataError, match=r"cannot be used; first: .*broken\.mp4"):
         OmniDataset(mixed[:1], loader, on_error="replace")[0]
 
 

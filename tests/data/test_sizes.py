@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omnisieve.data.dataset import substitute
+from omnisieve.data.dataset import ATTEMPTS, substitute
 from omnisieve.data.errors import DataError
+from omnisieve.data.length_limit import LengthLimit
 from omnisieve.data.sizes import check_sizes, read_sizes, sizes_in_training, write_sizes
 
 SIZES = [[10, 40, 25], None, [7, 0, 0], [9, 120, 0]]
@@ -49,6 +50,15 @@ def test_a_broken_sample_has_the_size_of_its_replacement() -> None:
     sizes[[3, 4, 20]] = -1
     found = sizes_in_training(sizes)
     for index in range(30):
-        tried = next(i for i in (substitute(index, attempt, 30) for attempt in range(16)) if sizes[i, 0] >= 0)
+        tried = next(i for i in (substitute(index, attempt, 30) for attempt in range(ATTEMPTS)) if sizes[i, 0] >= 0)
         np.testing.assert_array_equal(found[index], sizes[tried])
     assert not sizes_in_training(np.full((3, 3), -1)).any()
+
+
+def test_a_sample_that_is_too_long_has_the_size_of_what_is_read_instead() -> None:
+    sizes = np.array([[10, 40, 25], [10, 90, 25], [10, 90, 120], [-1, -1, -1]])
+    good = [10, 40, 25]
+    np.testing.assert_array_equal(sizes_in_training(sizes, LengthLimit(80)), [good] * 4)
+    lowered = sizes_in_training(sizes, LengthLimit(80, lower_fps=True))
+    np.testing.assert_array_equal(lowered[:2], [good, [10, 45, 25]])
+    assert (lowered.sum(axis=1) <= 80).all()

@@ -13,7 +13,7 @@ import pytest
 
 from omnisieve.data.batch import BadSample
 from omnisieve.data.sampler import StreamSampler
-from omnisieve.training.bad_samples import BAD_SAMPLES_FILE, BadSamples
+from omnisieve.training.bad_samples import BAD_SAMPLES_FILE, SampleReport
 from omnisieve.training.distributed import Ranks
 from tests.data.media_files import FAULTS, MediaSpec, write_faulty, write_media
 from tests.distributed.launch import run_distributed
@@ -27,7 +27,7 @@ OPTIONS = (
 
 
 def job(ranks: Ranks, folder: Path) -> None:
-    report = BadSamples(folder, ranks)
+    report = SampleReport(folder, ranks, BadSample)
     for _ in range(2):
         report.note(BadSample("1", path, "empty", "", "", "2") for path in (f"of rank {ranks.rank}", "of both"))
         report.share()

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from omnisieve.data.batch import BadSample, Sample
+from omnisieve.data.batch import BadSample, LoweredFps, Sample
 from omnisieve.data.dataset import MediaLoader, OmniDataset
 from omnisieve.data.manifest import Manifest
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.sampler import StreamSampler
-from omnisieve.training.bad_samples import BAD_SAMPLES_FILE, BadSamples
+from omnisieve.training.bad_samples import BAD_SAMPLES_FILE, SampleReport
 from tests.data.media_files import FAULTS, MediaSpec, write_faulty, write_media
 from tests.data.stock import rules, stock_processor
 
@@ -25,12 +25,19 @@ class Peers:
     """Two ranks in one process: what a rank gathers is what both have pending."""
 
     def __init__(self, folder: Path) -> None:
-        self.reports: list[BadSamples] = [BadSamples(folder, Peer(self, rank)) for rank in range(2)]  # type: ignore[arg-type]
+        self.reports = [SampleReport(folder, Peer(self, rank), BadSample) for rank in range(2)]  # type: ignore[arg-type]
 
     def share(self) -> None:
         self.pending = [list(report._pending.values()) for report in self.reports]
         for report in self.reports:
             report.share()
+
+
+class Alone:
+    is_first = True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 class Peer:
@@ -80,6 +87,22 @@ def test_a_run_that_goes_on_adds_to_its_file(tmp_path: Path) -> None:
     after.reports[1].note([bad("b")])
     after.share()
     assert [line["path"] for line in written(tmp_path)] == ["a", "b", "c"]
+
+
+def test_lowered_frame_rates_are_written_once_to_a_file_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lowered = LoweredFps("1", ("a.mp4",), (2.0,), (0.5,), 900, 400)
+    for _ in range(2):  # a run, and one that goes on
+        report = SampleReport(tmp_path, Alone(), LoweredFps)  # type: ignore[arg-type]
+        for _ in range(2):
+            report.note([lowered])
+            report.share()
+    (line,) = (tmp_path / "lowered_fps.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "id": "1", "paths": ["a.mp4"], "fps_was": [2.0], "fps": [0.5], "tokens_was": 900, "tokens": 400,
+    }  # fmt: skip
+    assert capsys.readouterr().err.count("sample 1: 900 tokens are too many, 400 at fewer fps (2 to 0.5)") == 1
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,11 @@ def test_the_batches_of_a_step_are_grouped_by_length(tmp_path: Path):
     ids = [int(id) for batch in grouped for id in batch.ids]
     assert ids == sorted((int(id) for batch in plain for id in batch.ids), reverse=True)
     assert sum(batch.input_ids.numel() for batch in grouped) < sum(batch.input_ids.numel() for batch in plain)
+    longest = int(max(batch.attention_mask.sum(dim=1).max() for batch in plain))
+    data.max_tokens = longest - 1
+    limited = step(group_by_length=str(sizes))
+    assert all(batch.attention_mask.sum(dim=1).max() < longest for batch in limited)
+    assert {bad.kind for batch in limited for bad in batch.failures} == {"too_long"}
     manifest.write_text("".join(map(line, range(13))))
     with pytest.raises(DataError, match="another manifest"):
         step(group_by_length=str(sizes))

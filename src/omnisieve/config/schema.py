@@ -85,6 +85,14 @@ class DataSection(MediaSection):
 
     train: str = option(MISSING, "JSONL manifest; media paths in it are relative to its folder")
     val: str | None = option(None, "JSONL manifest for validation; null: no validation, the last step is the result")
+    max_tokens: int | None = option(
+        None, "a longer sample, text and media before compression, is treated as too_long says; null: no limit"
+    )
+    too_long: Literal["skip", "lower_fps"] = option(
+        "skip",
+        "skip: another sample takes its place, as with a broken file; lower_fps: its videos are read more thinly until "
+        "it fits, and only what cannot fit is skipped; not from a feature_cache. Either is listed in output_dir",
+    )
     recycle_after: int = option(
         1000, "samples after which a decoding process is replaced, without a pause; 0: never. Its memory stays bounded"
     )
@@ -92,6 +100,13 @@ class DataSection(MediaSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         _not_negative("data", self, "recycle_after")
+        if self.max_tokens is not None:
+            _positive("data", self, "max_tokens")
+        if self.too_long == "lower_fps" and self.max_tokens is not None and self.feature_cache is not None:
+            raise ConfigError(
+                "data.too_long is lower_fps, but the frame rate of what is in data.feature_cache is fixed: choose "
+                "data.too_long=skip, or lower data.fps or data.max_frames and cache again"
+            )
 
 
 @dataclass

@@ -70,12 +70,12 @@ class Features:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read.
+    """A sample that could not be read, or is too long.
 
     Attributes:
         id: of its conversation.
-        path: of the file at fault.
-        kind: of the fault, see `media`. reason: what is wrong. cure: what to do about it.
+        path: of the file at fault; of the first file of a sample that is too long, empty if it has none.
+        kind: of the fault, see `media`, or "too_long". reason: what is wrong. cure: what to do about it.
         replacement: id of the sample that stands in its place.
     """
 
@@ -85,6 +85,44 @@ class BadSample:
     reason: str
     cure: str
     replacement: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for the same fault: of a file, or of a sample."""
+        return (self.path, self.id) if self.kind == "too_long" else (self.path,)
+
+    def __str__(self) -> str:
+        return (
+            f"replaced sample {self.id} by {self.replacement}: {self.path}: {self.reason} ({self.kind}). "
+            f"Cure: {self.cure}."
+        )
+
+
+@dataclass(frozen=True)
+class LoweredFps:
+    """A sample whose videos are read at a lower frame rate, because it would be too long.
+
+    Attributes:
+        id: of its conversation.
+        paths: of its videos. fps_was, fps: frames per second of each, before and now.
+        tokens_was, tokens: of the whole sample, before compression.
+    """
+
+    id: str
+    paths: tuple[str, ...]
+    fps_was: tuple[float, ...]
+    fps: tuple[float, ...]
+    tokens_was: int
+    tokens: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for the same sample."""
+        return (self.id, *self.paths)
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{was:.3g} to {now:.3g}" for was, now in zip(self.fps_was, self.fps, strict=True))
+        return f"sample {self.id}: {self.tokens_was} tokens are too many, {self.tokens} at fewer fps ({rates})"
 
 
 @dataclass(frozen=True)
@@ -104,6 +142,7 @@ class Sample:
         features: cached encoder outputs instead of patches and mel spectrograms.
         meta: the manifest line's other keys (`family`, `evidence`, `question`, `answer`, ...).
         failures: samples that could not be read and that this one stands for.
+        lowered: the frame rate that it was brought to because it would be too long.
     """
 
     id: str
@@ -120,6 +159,7 @@ class Sample:
     features: Features | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     failures: tuple[BadSample, ...] = ()
+    lowered: LoweredFps | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +179,7 @@ class Batch:
         answer_tokens: labels that are not -100, per sample, counted on the host.
         ids, meta: per sample, see `Sample`.
         failures: all samples that were replaced.
+        lowered: all samples that are read at a lower frame rate.
     """
 
     input_ids: Tensor
@@ -158,6 +199,7 @@ class Batch:
     ids: tuple[str, ...] = ()
     meta: tuple[Mapping[str, Any], ...] = ()
     failures: tuple[BadSample, ...] = ()
+    lowered: tuple[LoweredFps, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -79,6 +79,7 @@ def collate(
         ids=tuple(s.id for s in samples),
         meta=tuple(s.meta for s in samples),
         failures=tuple(failure for s in samples for failure in s.failures),
+        lowered=tuple(s.lowered for s in samples if s.lowered is not None),
     )
 
 

@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 from omnisieve.data.batch import BadSample, Features, Patches, Sample
 from omnisieve.data.errors import DataError
 from omnisieve.data.feature_cache import FeatureCache
+from omnisieve.data.length_limit import LengthLimit, TooLongError
 from omnisieve.data.manifest import Conversation, MediaPart
 from omnisieve.data.media import MediaError, MediaInfo, MediaReader, read_image
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun, expand
 
-ATTEMPTS = 16
+ATTEMPTS = 64
 """Samples that are tried in one place."""
 
 
@@ -128,6 +129,14 @@ class MediaLoader:
         grid = self.preprocessor.video_grid(video.sampled, video.height, video.width)
         return VideoRun(grid, video.seconds_per_frame * rules.temporal_patch_size, tokens)
 
+    def glance(self, part: MediaPart) -> LoadedMedium:
+        """The size of one medium, from what its file says; of an image all that `load_part` gives.
+
+        Raises:
+            MediaError: the file cannot be used.
+        """
+        return self.load_part(part) if part.kind == "image" else LoadedMedium(self.size(self.probe(part)))
+
     def sample(
         self, conversation: Conversation, media: Sequence[LoadedMedium], *, generation_prompt: bool = False
     ) -> Sample:
@@ -169,8 +178,8 @@ class MediaLoader:
 class OmniDataset(Dataset[Sample]):
     """Map-style dataset of whole conversations, every answer supervised.
 
-    With `on_error="replace"` a sample whose media cannot be read is replaced by another one that is a pure function
-    of its index, and says so in `Sample.failures`; batches never shrink.
+    With `on_error="replace"` a sample whose media cannot be read, or that is too long, is replaced by another one that
+    is a pure function of its index, and says so in `Sample.failures`; batches never shrink.
     """
 
     def __init__(
@@ -179,27 +188,30 @@ class OmniDataset(Dataset[Sample]):
         loader: MediaLoader,
         *,
         on_error: Literal["raise", "replace"] = "raise",
+        limit: LengthLimit | None = None,
     ) -> None:
         """
         Args:
             conversations: e.g. a `Manifest`.
             loader: reads media and builds samples.
             on_error: "raise" or "replace".
+            limit: on the tokens of a sample.
         """
         self.loader = loader
         self.on_error = on_error
+        self.limit = limit
         self.conversations = conversations
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> Sample:
-        failed: list[tuple[str, MediaError]] = []
+        failed: list[tuple[str, MediaError | TooLongError]] = []
         for attempt in range(ATTEMPTS):
             conversation = self.conversations[substitute(index, attempt, len(self))]
             try:
-                sample = self.loader.sample(conversation, self.loader.load(conversation))
-            except MediaError as error:
+                sample = self._read(conversation)
+            except (MediaError, TooLongError) as error:
                 if self.on_error == "raise":
                     raise
                 failed.append((conversation.id, error))
@@ -207,8 +219,13 @@ class OmniDataset(Dataset[Sample]):
             bad = tuple(BadSample(id, e.file, e.kind, e.reason, e.cure, sample.id) for id, e in failed)
             return replace(sample, failures=bad)
         raise DataError(
-            f"sample {failed[0][0]} and {ATTEMPTS - 1} others drawn in its place cannot be read; first: {failed[0][1]}"
+            f"sample {failed[0][0]} and {ATTEMPTS - 1} others drawn in its place cannot be used; first: {failed[0][1]}"
         )
+
+    def _read(self, conversation: Conversation) -> Sample:
+        if self.limit is not None:
+            return self.limit.read(conversation, self.loader)
+        return self.loader.sample(conversation, self.loader.load(conversation))
 
 
 def substitute(index: int, attempt: int, length: int) -> int:

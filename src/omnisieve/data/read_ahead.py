@@ -86,8 +86,8 @@ class ReadAhead(Generic[Item]):
 
     def _loader(self, part: Iterable[Any]) -> DataLoader[Any]:
         if self._batched:
-            return DataLoader(self._dataset, batch_sampler=part, **self._options)  # type: ignore[arg-type]
-        return DataLoader(self._dataset, sampler=part, batch_size=None, **self._options)  # type: ignore[arg-type]
+            return DataLoader(self._dataset, batch_sampler=part, **self._options)
+        return DataLoader(self._dataset, sampler=part, batch_size=None, **self._options)
 
 
 class _Guarded(Dataset[Any]):

@@ -17,6 +17,7 @@ import numpy as np
 
 from omnisieve.data.dataset import ATTEMPTS, substitute
 from omnisieve.data.errors import DataError
+from omnisieve.data.length_limit import LengthLimit
 
 _CURE = "run tools/check_data.py again, with the same recipe"
 
@@ -74,9 +75,21 @@ def read_sizes(path: Path, manifest: Path, preprocessing: Mapping[str, Any]) -> 
         return np.array([json.loads(line) or [-1, -1, -1] for line in file], dtype=np.int64)
 
 
-def sizes_in_training(sizes: np.ndarray) -> np.ndarray:
-    """Sizes of what training reads, [n, 3]: of a sample that is replaced, those of its replacement."""
+def sizes_in_training(sizes: np.ndarray, limit: LengthLimit | None = None) -> np.ndarray:
+    """Sizes of what training reads, [n, 3]: of a sample that is replaced, those of its replacement.
+
+    Args:
+        sizes: [n, 3] as from `read_sizes`.
+        limit: on the tokens of a sample. At a lower frame rate a sample is taken to be as long as it may be.
+    """
     sizes, bad = sizes.copy(), sizes[:, 0] < 0
+    if limit is not None:
+        excess = np.where(bad, 0, np.maximum(sizes.sum(axis=1) - limit.max_tokens, 0))
+        if limit.lower_fps:
+            lowered = np.minimum(excess, sizes[:, 1])
+            sizes[:, 1] -= lowered
+            excess -= lowered
+        bad |= excess > 0
     for index in np.flatnonzero(bad).tolist():
         others = (substitute(index, attempt, len(sizes)) for attempt in range(1, ATTEMPTS))
         good = next((other for other in others if not bad[other]), None)

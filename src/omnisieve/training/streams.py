@@ -15,6 +15,7 @@ from omnisieve.config import DataSection, TrainSection
 from omnisieve.data.batch import Batch
 from omnisieve.data.collate import collate
 from omnisieve.data.dataset import MediaLoader, OmniDataset
+from omnisieve.data.length_limit import LengthLimit
 from omnisieve.data.manifest import Manifest
 from omnisieve.data.media import MediaReader
 from omnisieve.data.read_ahead import ReadAhead
@@ -68,11 +69,12 @@ def open_streams(
         ManifestError: a manifest cannot be used. DataError: `train.group_by_length` holds sizes of other data.
     """
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
-    dataset = OmniDataset(Manifest(data.train), media, on_error="replace")
+    limit = None if data.max_tokens is None else LengthLimit(data.max_tokens, lower_fps=data.too_long == "lower_fps")
+    dataset = OmniDataset(Manifest(data.train), media, on_error="replace", limit=limit)
     lengths = None
     if train.group_by_length is not None:
         sizes = read_sizes(Path(train.group_by_length), Path(data.train), media.preprocessing(""))
-        lengths = lengths_in_llm(sizes_in_training(sizes), settings, train)
+        lengths = lengths_in_llm(sizes_in_training(sizes, limit), settings, train)
     sampler = StreamSampler(
         len(dataset),
         train.micro_batch_size,
@@ -83,7 +85,7 @@ def open_streams(
     )
     val, probes = None, dict[str, Callable[[], ClipMedia]]()
     if data.val is not None:
-        held_out = OmniDataset(Manifest(data.val), media, on_error="replace")
+        held_out = OmniDataset(Manifest(data.val), media, on_error="replace", limit=limit)
         shards = val_shards(len(held_out), train.micro_batch_size, **place)
         counts = [counted for _, counted in shards]
         val = _Counted(_loader(held_out, [indices for indices, _ in shards], data, train, ranks), counts)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from omnisieve.config import TrainConfig, save_config
 from omnisieve.data.batch import Batch
-from omnisieve.training.bad_samples import BadSamples
+from omnisieve.training.bad_samples import SampleReports
 from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore, run_identity
 from omnisieve.training.clock import Clock
 from omnisieve.training.distributed import Ranks
@@ -46,8 +46,9 @@ class Trainer:
     """Trains a compressor; every rank makes one and calls `fit`.
 
     The run's folder then holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and the compressor as
-    exported folders: `last/`, and `best/` by validation loss. `bad_samples.jsonl` lists files that could not be read,
-    `images/` holds pictures of the probe clips.
+    exported folders: `last/`, and `best/` by validation loss. `bad_samples.jsonl` lists files that could not be read
+    and samples that are too long, `lowered_fps.jsonl` those read more thinly for it; `images/` holds pictures of the
+    probe clips.
     """
 
     def __init__(self, config: TrainConfig, module: TrainingModule, streams: Streams, ranks: Ranks) -> None:
@@ -74,7 +75,7 @@ class Trainer:
             identity=run_identity(config, streams.rounding),
             limit=config.train.save_total_limit,
         )
-        self._bad_samples = BadSamples(self._directory, ranks)
+        self._reports = SampleReports(self._directory, ranks)
         self._clock = Clock(self.engine.device)
         module.after_encoders = partial(self._clock.lap, "encoders")
         self._meter, self._scores = Meter(ranks), ScoreMeter(ranks)
@@ -158,7 +159,7 @@ class Trainer:
                     self._watchdog.beat()
         saves = self._stopping or self._is_due(self._train.save_every)
         if saves or self._is_due(self._train.log_every):
-            self._bad_samples.share()
+            self._reports.share()
         if saves:
             self._save()
             self._watchdog.beat()
@@ -192,7 +193,7 @@ class Trainer:
         for micro_step, (batch, media) in enumerate(zip(window, lockstep, strict=True)):
             if micro_step:
                 self.engine.step()  # between micro-batches it only counts
-            self._bad_samples.note(batch.failures)
+            self._reports.note(batch)
             seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
             placed = batch.to(self.engine.device)
             outputs = self.engine(placed, scale=scale, ratio=ratio, seed=seed, warm_start=warm, lockstep=media)
@@ -281,7 +282,7 @@ class Trainer:
         self.engine.eval()
         meter = Meter(self._ranks)
         for batch, counts in self._streams.val:
-            self._bad_samples.note(batch.failures)
+            self._reports.note(batch)
             (media,) = self._lockstep.media([batch])
             outputs = self.engine(batch.to(self.engine.device), lockstep=media)
             meter.add(outputs, batch, weight=float(counts))
