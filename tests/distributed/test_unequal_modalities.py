@@ -47,6 +47,7 @@ RUNS = [(QWEN2_5, mode, stage) for mode in MODES for stage in (1, 2, 3)] + [(QWE
 ALONE = 2  # the stage of a rank without peers
 # Whatever else calls encoders or layers; the base asks for statistics of both encoders.
 EVERYTHING: dict[str, Any] = {
+    "llm": MODES["lora"],
     "base": "omnizip",
     "gradient_checkpointing": True,
     "gradient_accumulation_steps": 2,

@@ -27,8 +27,5 @@ class Lockstep:
         if not self._needed:
             return [frozenset()] * len(batches)
         own = [float(modality in batch.to_encode) for batch in batches for modality in _ENCODED]
-        anywhere = self._ranks.sum(own)
-        return [
-            frozenset(modality for modality, count in zip(_ENCODED, anywhere[place:], strict=False) if count)
-            for place in range(0, len(anywhere), len(_ENCODED))
-        ]
+        anywhere = iter(self._ranks.sum(own))
+        return [frozenset(modality for modality in _ENCODED if next(anywhere)) for _ in batches]
