@@ -90,12 +90,8 @@ def read_tuned_llm(export: str | Path) -> TunedLlm:
     Raises:
         ArtifactError: there is no export, or nothing of the kind in it, or it is damaged.
     """
-    read_config(locate(export))
-    folder = locate(export) / LLM_FOLDER
-    if not (folder / LLM_CONFIG_FILE).is_file():
-        raise ArtifactError(f"{export} holds no tuned LLM: its compressor was trained on a frozen one")
-    config = _read_config(folder / LLM_CONFIG_FILE)
-    path = folder / WEIGHTS_FILE
+    config = describe_tuned_llm(export)
+    path = locate(export) / LLM_FOLDER / WEIGHTS_FILE
     if not path.is_file() or sha256(path) != config["weights_sha256"]:
         raise ArtifactError(f"{path} is missing or not the file that {LLM_CONFIG_FILE} was written with; copy it again")
     try:
@@ -103,6 +99,23 @@ def read_tuned_llm(export: str | Path) -> TunedLlm:
     except SafetensorError as error:
         raise ArtifactError(f"{path} is no safetensors file ({error})") from error
     return TunedLlm(config["mode"], config["base"], tensors, config["lora"])
+
+
+def describe_tuned_llm(export: str | Path) -> dict[str, Any]:
+    """What an export says of its LLM without reading the weights: "mode", "base", "lora" and "weights_sha256".
+
+    Args:
+        export: see `read_tuned_llm`.
+
+    Raises:
+        ArtifactError: see `read_tuned_llm`.
+    """
+    folder = locate(export)
+    read_config(folder)
+    path = folder / LLM_FOLDER / LLM_CONFIG_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{export} holds no tuned LLM: its compressor was trained on a frozen one")
+    return _read_config(path)
 
 
 def tune_llm(model: nn.Module, export: str | Path) -> None:
@@ -219,23 +232,24 @@ def add_variant(variants: LoraVariants, export: str | Path) -> str:
     Raises:
         see `tuned_llm`.
     """
-    tuned = read_tuned_llm(export)
-    return variants.add(lora_of(export, tuned), tuned.tensors)
+    lora = lora_of(export)
+    return variants.add(lora, read_tuned_llm(export).tensors)
 
 
-def lora_of(export: str | Path, tuned: TunedLlm) -> LoraSection:
+def lora_of(export: str | Path) -> LoraSection:
     """What the adapters of an export were made with.
 
     Raises:
-        ArtifactError: the LLM was tuned as a whole, which a model cannot put on and off.
+        ArtifactError: there is no tuned LLM, or it was tuned as a whole, which a model cannot put on and off.
     """
-    if tuned.lora is None:
+    lora = describe_tuned_llm(export)["lora"]
+    if lora is None:
         raise ArtifactError(
             f"{export} holds an LLM that was tuned as a whole, which no loaded model can put on and off: write it as "
             f"a model of its own with `tools/export.py {export} OUT --merge`, then use OUT and give OUT/model as the "
             "LLM (model.path)"
         )
-    return tuned.lora
+    return lora
 
 
 def _read_config(path: Path) -> dict[str, Any]:

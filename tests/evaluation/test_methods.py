@@ -14,6 +14,7 @@ from omnisieve.evaluation.bounds import build_bound, evidence_mask, show_evidenc
 from omnisieve.evaluation.methods import resolve_methods
 from omnisieve.layout import Modality, TokenLayout
 from tests.layouts import LayoutSpec, make_map
+from tests.trained import export_tuned
 
 EVIDENCE = {"video": [[0, 0, 0], [5, 3, 2]], "audio": [0, 7, 29]}
 
@@ -94,6 +95,30 @@ def test_mistakes_about_presets_are_named() -> None:
     entry = "random@seats/7b/35"
     with pytest.raises(CompressorError, match="audio_ratio is given, but the preset has ratios"):
         resolve_methods([entry], {entry: {"audio_ratio": 0.5}})
+
+
+def test_an_export_brings_its_llm_and_others_may_borrow_it(tmp_path: Path, exported: str) -> None:
+    folder = str(export_tuned(tmp_path / "tuned")[0])
+    settings = {"borrowed": {"method": "full", "llm": folder}, "stock": {"method": folder, "llm": None}}
+    methods = resolve_methods([folder, exported, "borrowed", "stock", "oracle"], settings | {"oracle": {"llm": folder}})
+    assert {m.label: m.llm for m in methods} == {
+        "borrowed": Path(folder),
+        folder: Path(folder),
+        exported: None,
+        "stock": None,
+        "oracle": Path(folder),
+    }
+    assert not any(m.settings for m in methods)
+
+
+def test_an_llm_that_cannot_be_put_on_is_refused(tmp_path: Path, exported: str) -> None:
+    folder = str(export_tuned(tmp_path / "full", "full")[0])
+    with pytest.raises(CompressorError, match=rf"as a whole.*export\.py {folder} OUT --merge.*model\.path"):
+        resolve_methods([folder], {})
+    with pytest.raises(CompressorError, match="trained on a frozen one"):
+        resolve_methods(["random"], {"random": {"llm": exported}})
+    (method,) = resolve_methods([folder], {folder: {"llm": None}})
+    assert method.llm is None
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from omnisieve.evaluation.report import (
 
 ROW_KEYS = {
     "method", "benchmark", "retained_ratio", "preset", "status", "measured_ratio", "accuracy", "ci95", "n_questions",
-    "n_clips", "n_failures", "by_family", "efficiency",
+    "n_clips", "n_failures", "by_family", "efficiency", "llm",
 }  # fmt: skip
 
 
@@ -45,6 +45,26 @@ def cells() -> list[Cell]:
         cell("out/export", "learned", 0.25, 6, failures=2),
         Cell("dycoke", "training-free", "world", 0.1, unreachable="at least 25 % of the video stays"),
     ]
+
+
+def test_methods_are_compared_on_one_llm_and_shares_are_of_the_loaded_one() -> None:
+    rows = [
+        cell("full on tuned", "full", 1.0, 4, llm="out/tuned"),
+        *cells(),
+        cell("stvp on tuned", "training-free", 0.25, 3, llm="out/tuned"),
+        cell("out/tuned", "learned", 0.25, 6, llm="out/tuned"),
+    ]
+    report = make_report(rows, {})
+    assert [row["llm"] for row in report["rows"]].count("out/tuned") == 3
+    assert [(c["method"], c["against"]) for c in report["comparisons"]] == [
+        ("out/export", "stvp"),
+        ("out/tuned", "stvp on tuned"),
+    ]
+    text = markdown(report)
+    assert "adapters of out/tuned, not by the one that was loaded: full on tuned, stvp on tuned, out/tuned." in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| full on tuned"))
+    assert "| 50.0 % |" in line
+    assert "Answered by" not in markdown(make_report(cells(), {}))
 
 
 def test_rows_follow_the_schema() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from omnisieve.backbones import adapter_for, attach
+from omnisieve import tuned_llm
+from omnisieve.backbones import BackboneError, adapter_for, attach
 from omnisieve.compressors import CompressorError, build_compressor
 from omnisieve.data.collate import collate
 from omnisieve.data.media import MediaError
@@ -21,7 +25,8 @@ from omnisieve.evaluation.methods import resolve_methods
 from omnisieve.evaluation.prompts import generate, make_prompts
 from omnisieve.evaluation.runner import Evaluation, Results
 from tests.evaluation.tiny import TinyBenchmark, tiny_clip
-from tests.models import FAMILIES, HIDDEN, PAD, tiny_thinker
+from tests.models import FAMILIES, HIDDEN, PAD, family_of, tiny_thinker
+from tests.trained import export_tuned
 
 TOKENS = 4
 
@@ -160,6 +165,39 @@ def test_a_ratio_that_one_clip_cannot_reach_is_unreachable(model: nn.Module, cli
     assert "reachable are" in (unreachable.unreachable or "")
     assert len(reachable.answers) == 7
     assert unreachable.answers == []
+
+
+def test_each_method_is_asked_on_its_own_llm(any_model: nn.Module, tmp_path: Path) -> None:
+    clips, family = three_clips(any_model), family_of(any_model)
+    one, other = (export_tuned(tmp_path / str(seed), family=family, seed=seed)[0] for seed in (1, 2))
+    settings = {"stvp on one": {"method": "stvp", "llm": str(one)}, "bare": {"method": str(one), "llm": None}}
+    entries = ["full", str(one), "stvp", "stvp on one", str(other), "bare"]
+    before = [(name, type(part)) for name, part in any_model.named_modules()]
+    results = evaluate(any_model, clips, entries, [0.3], settings=settings)
+    assert [(name, type(part)) for name, part in any_model.named_modules()] == before
+    found = {cell.method: said for cell, said in zip(results.cells, predictions(results), strict=True)}
+    assert [cell.llm for cell in results.cells] == [None, str(one), None, str(one), str(other), None]
+    # Alone, on models of their own.
+    for label, entry, llm in (("stvp", "stvp", None), ("stvp on one", "stvp", one), ("full", "full", None)):
+        assert found[label] == alone(any_model, clips, entry, llm), label
+    for folder in (one, other):
+        assert found[str(folder)] == alone(any_model, clips, str(folder), folder)
+    assert found["bare"] == alone(any_model, clips, str(one), None)
+    assert len({json.dumps(said) for said in found.values()}) == len(found)
+
+
+def alone(model: nn.Module, clips: list[Clip], entry: str, llm: Path | None) -> dict[str, str]:
+    """What a method answers on the LLM of an export, or the stock one."""
+    with nullcontext() if llm is None else tuned_llm(model, llm):
+        (said,) = predictions(evaluate(model, clips, [entry], [0.3], settings={entry: {"llm": None}}))
+    return said
+
+
+def test_adapters_of_another_llm_are_an_error(model: nn.Module, clips: list[Clip], tmp_path: Path) -> None:
+    folder, _ = export_tuned(tmp_path / "other", model=tiny_thinker(layers=2))
+    with pytest.raises(BackboneError, match="do not fit this LLM"):
+        evaluate(model, clips, [str(folder)], [0.5])
+    assert not [name for name, _ in model.named_modules() if "lora" in name]
 
 
 def test_a_mistake_in_settings_is_an_error(model: nn.Module, clips: list[Clip]) -> None:

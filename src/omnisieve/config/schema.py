@@ -331,7 +331,9 @@ class EvalConfig:
     also: list[str] = option([], "further methods, beside those of a recipe; a compressor of your own, for example")
     ratios: list[float] = option([0.25], "retained ratios; the method full runs once")
     settings: dict[str, Any] = option(
-        {}, "by entry of `methods`: its fields; `method` makes a variant of that method, `at` holds fields by ratio"
+        {},
+        "by entry of `methods`: its fields; `method` makes a variant of that method, `at` holds fields by ratio, `llm` "
+        "names an export whose adapters the LLM then has (null: none, also for an export that brings its own)",
     )
     batch_size: int = option(1, "clips whose questions may be asked together; their encoder outputs stay in memory")
     tokens_per_forward: int = option(

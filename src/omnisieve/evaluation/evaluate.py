@@ -43,7 +43,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
     report = make_report(
         results.cells,
         environment(config, results, str(model.device)),
-        methods={method.label: _describe(method) for method in methods},
+        methods={method.label: _describe(method, config) for method in methods},
         failures=results.failures,
         decoder=results.decoder,
         samples=config.bootstrap,
@@ -114,8 +114,14 @@ def environment(config: EvalConfig, results: Results, device: str) -> dict[str, 
     }
 
 
-def _describe(method: Method) -> dict[str, Any]:
-    described = {"method": method.name, "kind": method.kind, "settings": dict(method.settings), "at": dict(method.at)}
+def _describe(method: Method, config: EvalConfig) -> dict[str, Any]:
+    described = {
+        "method": method.name,
+        "kind": method.kind,
+        "settings": dict(method.settings),
+        "at": dict(method.at),
+        "llm": config.model.path if method.llm is None else f"{config.model.path} with the adapters of {method.llm}",
+    }
     if method.preset is not None:
         described["preset"] = method.preset.name
     return described | ({"folder": str(Path(method.folder))} if method.folder is not None else {})

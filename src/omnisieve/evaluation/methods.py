@@ -22,11 +22,15 @@ from omnisieve.compressors.presets import Preset
 from omnisieve.compressors.ratios import RATIOS
 from omnisieve.evaluation.bounds import BOUNDS, NoMedia, build_bound
 from omnisieve.evaluation.report import Kind
+from omnisieve.trained_llm import has_tuned_llm, lora_of
 
 AT_PRESET = "@"
 """Between a method and a preset that it is evaluated at."""
 BY_RATIO = "at"
 """Key of a method's settings that holds settings for single ratios: `at: {0.25: {audio_ratio: 0.4}}`."""
+
+ON_LLM = "llm"
+"""Key of a method's settings: the export whose adapters the LLM has meanwhile; null: the LLM of model.path."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Method:
         at: further fields per ratio.
         folder: of an exported compressor, None for registered methods.
         preset: that it is evaluated at, with the preset's ratios; None: at any ratio.
+        llm: export whose adapters the LLM has; None: the LLM as it was loaded.
     """
 
     label: str
@@ -50,6 +55,7 @@ class Method:
     at: Mapping[float, Mapping[str, Any]] = field(default_factory=dict)
     folder: Path | None = None
     preset: Preset | None = None
+    llm: Path | None = None
 
     def ratios(self, asked: Sequence[float]) -> Sequence[float]:
         """The ratios it is evaluated at; all tokens are all tokens, and none are none, once."""
@@ -97,11 +103,13 @@ def resolve_methods(
             `no_media`), each of them also at a preset ("random@seats/7b/35", whose own ratio it then has), or keys of
             `settings` that name their method.
         settings: per entry its fields; `method` makes the entry a variant of that method under a name of its own,
-            `at` holds fields per ratio.
+            `at` holds fields per ratio, `llm` names the export whose tuned LLM answers (an export with one brings its
+            own; null: the LLM of model.path).
         plugins: Python files that register further methods.
 
     Raises:
-        CompressorError: what an entry names does not exist, or must be trained first.
+        CompressorError: what an entry names does not exist, must be trained first, or needs an LLM that was tuned as
+            a whole.
     """
     for path in plugins:
         load_plugin(path)
@@ -135,6 +143,8 @@ def check_methods(methods: Sequence[Method], ratios: Sequence[float], hidden_siz
 
 def _resolve(label: str, settings: dict[str, Any]) -> Method:
     name = str(settings.pop("method", label))
+    said, asked = ON_LLM in settings, settings.pop(ON_LLM, None)
+    llm = None if asked is None else _llm(asked)
     at = {float(ratio): dict(values) for ratio, values in dict(settings.pop(BY_RATIO, {})).items()}
     preset = None
     if AT_PRESET in name and not is_artifact(name):
@@ -142,14 +152,22 @@ def _resolve(label: str, settings: dict[str, Any]) -> Method:
         preset = find_preset(preset_name)
         settings = _at_preset(label, preset, settings)
     if name in BOUNDS:
-        return Method(label, name, "bound", settings, at, preset=preset)
+        return Method(label, name, "bound", settings, at, preset=preset, llm=llm)
     if "/" in name or is_artifact(name):
         folder = locate(name)
         registered = read_config(folder)["method"]
-        return Method(label, registered, _kind(registered), settings, at, folder, preset)
+        if not said and has_tuned_llm(folder):
+            llm = _llm(folder)
+        return Method(label, registered, _kind(registered), settings, at, folder, preset, llm)
     if compressor_type(name).learned:
         raise CompressorError(f"{name} is learned: name the folder of an exported one instead of {name!r}")
-    return Method(label, name, _kind(name), settings, at, preset=preset)
+    return Method(label, name, _kind(name), settings, at, preset=preset, llm=llm)
+
+
+def _llm(export: str | Path) -> Path:
+    """The folder of an export whose adapters a loaded LLM can put on."""
+    lora_of(export)
+    return locate(export)
 
 
 def _at_preset(label: str, preset: Preset, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Cell:
         failures: questions that could not be asked, because their clip could not be read.
         unreachable: why the method cannot have this ratio, None if it can.
         preset: name of the preset that the ratio comes from.
+        llm: export whose adapters the LLM had; None: the LLM as it was loaded.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Cell:
     unreachable: str | None = None
     prefills: list[Prefill] = field(default_factory=list)
     preset: str | None = None
+    llm: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -188,6 +190,7 @@ def _row(cell: Cell, samples: int, seed: int) -> dict[str, Any]:
         "benchmark": cell.benchmark,
         "retained_ratio": cell.retained_ratio,
         "preset": cell.preset,
+        "llm": cell.llm,
         "status": "ok" if cell.ok else "unreachable",
         "measured_ratio": dict.fromkeys(("video", "audio", "total")),
         "accuracy": None,
@@ -215,11 +218,11 @@ def _efficiency(cell: Cell, decoder: DecoderShape | None) -> dict[str, Any] | No
 
 
 def _rivals(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
-    """Each learned row with the best training-free row of the same benchmark and ratio."""
+    """Each learned row with the best training-free row of the same LLM, benchmark and ratio."""
 
-    def place(cell: Cell) -> tuple[str, float, str | None]:
+    def place(cell: Cell) -> tuple[str, float, str | None, str | None]:
         # On other clips than its source's a preset keeps another share than it says: it is a place of its own.
-        return cell.benchmark, cell.retained_ratio, cell.preset
+        return cell.benchmark, cell.retained_ratio, cell.preset, cell.llm
 
     pairs = []
     for cell in cells:
@@ -242,7 +245,9 @@ def _comparison(cell: Cell, rival: Cell, samples: int, seed: int) -> dict[str, A
 
 
 def _results_table(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    full = next((row["accuracy"] for row in rows if row["retained_ratio"] == 1 and row["accuracy"]), None)
+    wholes = [row for row in rows if row["retained_ratio"] == 1 and row["accuracy"]]
+    # First those of the LLM as it was loaded.
+    full = next((row["accuracy"] for row in sorted(wholes, key=lambda row: row.get("llm") is not None)), None)
     # Reports of older versions hold no costs.
     costs = any(row.get("efficiency") for row in rows)
     lines = [
@@ -273,6 +278,12 @@ def _footnotes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(map(_is_off, rows)):
         notes.append(
             "Asked with *: as the preset's source states it; on these clips its settings keep the share under total."
+        )
+    for llm in dict.fromkeys(row["llm"] for row in rows if row.get("llm")):
+        methods = dict.fromkeys(row["method"] for row in rows if row.get("llm") == llm)
+        notes.append(
+            f"Answered by the LLM with the adapters of {llm}, not by the one that was loaded: {', '.join(methods)}. "
+            "Learned methods are compared with others on the same LLM."
         )
     clips = min((row["n_clips"] for row in rows if row["n_clips"]), default=FEW_CLIPS)
     if clips < FEW_CLIPS:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from omnisieve.backbones import Attachment, adapter_for, attach
 from omnisieve.backbones.shape import DecoderShape, decoder_shape
+from omnisieve.backbones.tuning import LoraVariants
 from omnisieve.compressors import Compressor, Need, UnreachableRatioError
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.evaluation.accounting import prefill
@@ -31,6 +33,7 @@ from omnisieve.evaluation.metrics import Answer
 from omnisieve.evaluation.prompts import Prompt, generate, make_prompts
 from omnisieve.evaluation.report import Cell
 from omnisieve.layout import MEDIA
+from omnisieve.trained_llm import add_variant
 
 Item = TypeVar("Item")
 
@@ -93,19 +96,28 @@ class Evaluation:
         thinker = self.adapter.thinker
         self.results = Results([], decoder=decoder_shape(self.adapter.decoder.config, thinker.dtype.itemsize))
         self._compressors: list[Compressor | None] = []
+        self._variants = LoraVariants(self.adapter)
+        self._variant_of: dict[str | None, str | None] = {None: None}
         for method in methods:
             for ratio in method.ratios(ratios):
                 preset = None if method.preset is None else method.preset.name
-                self.results.cells.append(Cell(method.label, method.kind, benchmark.name, ratio, preset=preset))
+                llm = None if method.llm is None else str(method.llm)
+                self.results.cells.append(
+                    Cell(method.label, method.kind, benchmark.name, ratio, preset=preset, llm=llm)
+                )
                 self._compressors.append(self._build(method, ratio))
 
     def run(self) -> Results:
-        """Ask everything; a progress bar counts clips."""
+        """Ask everything; a progress bar counts clips.
+
+        Raises:
+            ArtifactError, BackboneError: an export's tuned LLM is damaged, or is another one.
+        """
         compressors = [compressor for compressor in self._compressors if compressor is not None]
         needs = tuple(dict.fromkeys(need for compressor in compressors for need in compressor.needs))
         guard = MediaGuard(self.adapter, self.benchmark.pad_token_id)
         self.results.guards = guard.found
-        with torch.inference_mode(), tqdm(total=len(self.benchmark), desc="clips", unit="clip") as bar:
+        with self._tuned(), torch.inference_mode(), tqdm(total=len(self.benchmark), desc="clips", unit="clip") as bar:
             for clips in self._batches():
                 readable = [clip for clip in clips if clip.error is None]
                 self._note_failures([clip for clip in clips if clip.error is not None])
@@ -117,6 +129,16 @@ class Evaluation:
                             self._ask(cell, compressor, prompt)
                 bar.update(len(clips))
         return self.results
+
+    @contextmanager
+    def _tuned(self) -> Iterator[None]:
+        """Inside, the model has the adapters of all exports whose LLM answers, silent."""
+        try:
+            for llm in dict.fromkeys(cell.llm for cell in self.results.cells if cell.llm is not None):
+                self._variant_of[llm] = add_variant(self._variants, Path(llm))
+            yield
+        finally:
+            self._variants.remove()
 
     def _build(self, method: Method, ratio: float) -> Compressor | None:
         """None, and a reason in the cell just added, where the method cannot have this ratio at all."""
@@ -174,6 +196,7 @@ class Evaluation:
         try:
             with (
                 self._timed(f"{cell.method} {cell.retained_ratio:g}"),
+                self._variants.speaking(self._variant_of[cell.llm]),
                 attach(self.adapter.thinker, compressor) as attachment,
             ):
                 attachment.expect(layout=prompt.batch.layout, needs=prompt.needs)
