@@ -50,7 +50,7 @@ from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.evaluation.methods import resolve_methods
 from omnisieve.method_help import describe_methods
 from omnisieve.training.build import USER_ERRORS, make_compressor
-from omnisieve.training.distributed import divide_threads
+from omnisieve.training.distributed import divide_threads, leave
 from omnisieve.training.errors import TrainingError
 
 SHARD_BYTES = 1 << 30
@@ -160,7 +160,9 @@ def fill(config: TrainConfig | EvalConfig, process: Process) -> int:
     progress = Progress(cache.staging, process.rank, process.world_size)
     parts = media_of(config)
     share = parts[process.rank :: process.world_size]
-    files: ReadAhead[Medium] = ReadAhead(MediaFiles(share, loader, cache), num_workers=config.data.workers)
+    files: ReadAhead[Medium] = ReadAhead(
+        MediaFiles(share, loader, cache), num_workers=config.data.workers, recycle_after=config.data.recycle_after
+    )
 
     def encode(medium: Medium) -> Features:
         sample = loader.sample(Conversation.alone(medium.part), [medium.loaded])
@@ -262,6 +264,9 @@ def compressors_of(config: TrainConfig | EvalConfig, hidden_size: int) -> Iterat
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
     except USER_ERRORS as error:
-        sys.exit(f"cache_features.py: {error}")
+        print(f"cache_features.py: {error}", file=sys.stderr)
+        status = 1
+    # A process that aborts at its exit would take the others along.
+    leave(status)

@@ -67,6 +67,7 @@ def test_what_was_written_is_read(tmp_path: Path, stored: str) -> None:
     folder = write(tmp_path, (one, VIDEO, given[0]), (two, AudioRun(5), given[1]), stored=stored, shard_bytes=100)
     assert len(list(folder.glob("*.safetensors"))) == 2
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {one.path.stat().st_mode & 0o777}
     cache = pickle.loads(pickle.dumps(FeatureCache(folder, SETTINGS)))
     assert cache.rounding == (None if stored == "float32" else stored)
     read = cache.read(one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import uuid
 from pathlib import Path
@@ -66,7 +67,7 @@ class Files:
 processes = st.integers(1, 3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), count=st.integers(1, 9))
 def test_killed_runs_lose_at_most_a_shard_of_each_process(data: Any, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,7 @@ def test_killed_runs_lose_at_most_a_shard_of_each_process(data: Any, count: int)
         assert files.encoded <= allowed
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), count=st.integers(1, 9))
 def test_whatever_was_torn_is_made_again_and_the_rest_is_kept(data: Any, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +123,18 @@ def test_equal_files_are_kept_once_even_if_two_processes_encode_them(tmp_path: P
     files.fill(2, [None, None])
     assert len(FeatureCache(files.folder, {})) == 1
     assert torch.equal(FeatureCache(files.folder, {}).read(files.parts[1]).features.video, encode(1).video)
+
+
+def test_a_process_may_begin_when_another_has_written(tmp_path: Path) -> None:
+    files, options = Files(tmp_path, 2), {"run": "a", "shard_bytes": 1}
+    origin = Origin({}, "float32", "float32")
+    early = FeatureCacheWriter(files.folder, origin, rank=1, **options)
+    early.add(files.parts[1], media_key(files.parts[1]), SILENT, encode(1))
+    late = FeatureCacheWriter(files.folder, origin, rank=0, **options)
+    late.add(files.parts[0], media_key(files.parts[0]), SILENT, encode(0))
+    late.finish([*late.close(), *early.close()])
+    assert len(json.loads((files.folder / "index.json").read_text())["shards"]) == 2
+    files.assert_complete()
 
 
 def test_a_shard_that_is_damaged_before_the_index_is_named(tmp_path: Path) -> None:

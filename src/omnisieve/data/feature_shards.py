@@ -187,6 +187,8 @@ def write_shard(staging: Path, target: Path, tensors: Mapping[str, Tensor], head
     temporary = staging / target.name
     with _writing(target):
         save_file(dict(tensors), temporary, metadata={_HEADER: json.dumps(header)})
+        # Later versions of safetensors make files that only their owner can read; a folder has the user's own rule.
+        temporary.chmod(staging.stat().st_mode & 0o666)
         publish(temporary, target)
 
 

@@ -136,7 +136,8 @@ class FeatureCacheWriter:
         Raises:
             FeatureCacheError: one of them is not there, or the disk refuses.
         """
-        for name in shards:
+        # A process that began earlier may have written some before this one looked.
+        for name in sorted(set(shards) - set(self.contents.shards)):
             header = read_header(self.folder / name)
             if header is None:
                 raise FeatureCacheError(f"{self.folder / name} was damaged while the run went on; run it again")
