@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from omnisieve.config import LlmSection
 from omnisieve.data.sampler import StreamSampler
 from omnisieve.training import Trainer, TrainingError
 from omnisieve.training.distributed import Ranks
-from omnisieve.training.guards import GRADIENT, LOSS, NORM
+from omnisieve.training.guards import GRADIENT, LOSS, SKIPPED
 from tests.distributed.launch import run_distributed
 from tests.training.batches import CLIPS
 from tests.training.clips import lasting
@@ -48,6 +49,13 @@ def huge_gradient(trainer: Trainer, due: Callable[[], bool]) -> None:
     _change_gradient(trainer, lambda gradient: gradient.new_full(gradient.shape, 1e30), due)
 
 
+def skipped(trainer: Trainer, due: Callable[[], bool]) -> None:
+    """A step that DeepSpeed leaves out by itself, on all ranks."""
+    optimizer = trainer.engine.optimizer
+    norm = optimizer.scaled_global_norm
+    optimizer.scaled_global_norm = lambda *_, **__: norm() * (float("inf") if trainer.step + 1 == BAD else 1)
+
+
 def _change_loss(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
     def hook(_: Any, __: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return outputs | {"loss": change(outputs["loss"])}
@@ -64,10 +72,11 @@ def state_of(trainer: Trainer) -> list[Tensor]:
     """Everything that training changes: parameters, this rank's masters and its optimiser state."""
     zero = trainer.engine.optimizer
     accumulators = [value for state in zero.optimizer.state.values() for value in state.values()]
-    if trainer.engine.zero_optimization_stage() == 3:  # parameters are parts of the masters
-        own = [*zero.fp32_partitioned_groups_flat, *accumulators]
+    learning = [parameter for parameter in trainer.module.parameters() if parameter.requires_grad]
+    if trainer.engine.zero_optimization_stage() == 3:
+        own = [*(part.ds_tensor for part in learning), *zero.fp32_partitioned_groups_flat, *accumulators]
     else:
-        own = [*trainer.module.compressor.parameters(), *zero.single_partition_of_fp32_groups, *accumulators]
+        own = [*learning, *zero.single_partition_of_fp32_groups, *accumulators]
     return [torch.as_tensor(value).detach().clone() for value in own]
 
 
@@ -137,22 +146,38 @@ INJECTIONS = {
     "nan loss": (nan_loss, LOSS),
     "infinite loss": (infinite_loss, LOSS),
     "nan gradient": (nan_gradient, GRADIENT),
-    "huge gradient": (huge_gradient, NORM),
+    "huge gradient": (huge_gradient, GRADIENT),
+    "skipped by DeepSpeed": (skipped, SKIPPED),
 }
 REQUESTS = (asked_in_a_step, asked_in_a_validation)
-CASES = [*((name, 2) for name in INJECTIONS), ("nan loss", 1), ("nan gradient", 1), ("nan gradient", 3)]
+FROZEN, LORA, FULL, FULL_BF16 = "frozen", "lora", "full", "full in bfloat16"
+CASES = [
+    *((name, 2, FROZEN) for name in INJECTIONS),
+    ("nan loss", 1, FROZEN),
+    ("nan gradient", 1, FROZEN),
+    ("nan gradient", 3, FROZEN),
+    ("nan gradient", 2, LORA),
+    ("nan loss", 3, LORA),
+    ("nan loss", 2, FULL),
+    ("huge gradient", 3, FULL),
+    ("infinite loss", 2, FULL_BF16),
+    ("nan gradient", 3, FULL_BF16),
+    ("huge gradient", 2, FULL_BF16),
+]
+RESUMED = CASES[list(INJECTIONS).index("nan gradient")]
 
 
 def job(ranks: Ranks, folder: Path) -> dict[Any, Any]:
     """All runs: starting processes costs more than the runs."""
     found: dict[Any, Any] = {"clean": run(ranks, folder / "clean")}
-    for name, stage in CASES:
-        inject, _ = INJECTIONS[name]
-        found[name, stage] = run(ranks, folder / f"{name} {stage}", inject, zero_stage=stage)
+    for case in CASES:
+        name, stage, mode = case
+        options = {"dtype": "bfloat16" if mode == FULL_BF16 else "float32", "llm": LlmSection(mode.split()[0])}
+        found[case] = run(ranks, folder / " ".join(map(str, case)), INJECTIONS[name][0], zero_stage=stage, **options)
     found["first"] = run(ranks, folder / "first", infinite_loss, bad=(1,), save_every=1, save_total_limit=3)
-    for whole, step in (("nan gradient 2", BAD), ("first", 1)):
-        path = folder / whole / "checkpoints" / f"checkpoint-{step}"
-        found[f"{whole} resumed"] = run(ranks, folder / f"{whole} resumed", resume=str(path), save_every=0)
+    for name, step in ((" ".join(map(str, RESUMED)), BAD), ("first", 1)):
+        path = folder / name / "checkpoints" / f"checkpoint-{step}"
+        found[f"{name} resumed"] = run(ranks, folder / f"{name} resumed", resume=str(path), save_every=0)
     found["hopeless"] = run(ranks, folder / "hopeless", nan_loss, bad=(2, 3), max_bad_steps=2, save_every=1)
     validated = {"eval_every": BAD, "save_every": 0}
     found["whole"] = run(ranks, folder / "whole", **validated)
@@ -175,23 +200,24 @@ def read_log(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_no_byte_changes_in_a_bad_step(results, case: tuple[str, int]):
+def test_no_byte_changes_in_a_bad_step(results, case: tuple[str, int, str]):
     for rank in results:
         assert rank["clean"]["unchanged"] == []
         assert rank[case]["unchanged"] == [BAD]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_samples_are_named(results, case: tuple[str, int]):
+def test_the_samples_are_named(results, case: tuple[str, int, str]):
     result = results[0][case]
     (record,) = (record for record in read_log(result) if "left_out" in record)
     assert record["step"] == BAD
-    # Positions 4 to 7 of the stream: rank 0 takes the first of each micro-batch. Of a norm nobody knows whose it was.
+    # Positions 4 to 7 of the stream: rank 0 takes the first of each micro-batch. Of what
+    # DeepSpeed skips nobody knows whose it was.
     samples = [f"clip {clip}" for clip in clips_of(result["folder"])[4:8]]
     what = INJECTIONS[case[0]][1]
     expected = [(what, 0, [samples[0]]), (what, 0, [samples[2]]), (what, 1, [samples[1]]), (what, 1, [samples[3]])]
     found = [(fault["what"], fault["rank"], fault["samples"]) for fault in record["left_out"]]
-    assert found == (expected if what == NORM else expected[-1:])
+    assert found == (expected if what == SKIPPED else expected[-1:])
 
 
 def clips_of(folder: Path) -> list[int]:
@@ -210,10 +236,10 @@ def test_the_schedule_goes_on(results):
 
 def test_a_resumed_run_is_the_uninterrupted_one(results):
     for rank in results:
-        for whole, resumed in ((("nan gradient", 2), "nan gradient 2 resumed"), ("first", "first resumed")):
+        for whole, resumed in ((RESUMED, "nan gradient 2 frozen resumed"), ("first", "first resumed")):
             expected, found = rank[whole]["parameters"], rank[resumed]["parameters"]
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert read_log(results[0]["nan gradient 2 resumed"])[-1]["bad_steps"] == 1
+    assert read_log(results[0]["nan gradient 2 frozen resumed"])[-1]["bad_steps"] == 1
 
 
 def test_steps_in_a_row_end_the_run(results):

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.errors import TrainingError
 
-LOSS, GRADIENT, NORM = "loss", "gradient", "norm of the summed gradient"
+LOSS, GRADIENT, SKIPPED = "loss", "norm of the gradient", "what DeepSpeed sums"
+_LARGEST = torch.finfo(torch.float32).max / 2**20
+"""Of a squared norm. What is below stays finite when a million micro-batches and ranks add to it: under ZeRO-3
+DeepSpeed does not notice a norm that is not, and steps with a gradient of zero."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Outcome:
 @dataclass(frozen=True)
 class _Watched:
     samples: Sequence[str]
-    loss: Tensor
-    gradient: Tensor
+    loss: Tensor  # whether it is finite
+    gradient: Tensor  # whether its norm is
 
 
 class StepGuard:
@@ -77,8 +80,8 @@ class StepGuard:
     def watch(self, samples: Sequence[str], loss: Tensor) -> None:
         """Note a micro-batch after its backward pass; nothing waits for the device."""
         finite = loss.detach().isfinite()
-        gradient = finite if self._gradient is None else self._gradient
-        self._watched.append(_Watched(samples, finite, gradient))
+        gradient = torch.zeros_like(loss, dtype=torch.float32) if self._gradient is None else self._gradient
+        self._watched.append(_Watched(samples, finite, gradient < _LARGEST))
         self._gradient = None
 
     def step(self, engine: Any, *, stop: bool) -> Outcome:
@@ -97,7 +100,7 @@ class StepGuard:
             # DeepSpeed left it out by itself, on all ranks alike, and held the schedule back.
             engine.lr_scheduler.step()
             if not bad:
-                faults = [self._fault(NORM, watched) for watched in self._watched]
+                faults = [self._fault(SKIPPED, watched) for watched in self._watched]
                 bad = True
         self._watched.clear()
         if not bad:
@@ -130,8 +133,8 @@ class StepGuard:
 
     def _see(self, parameter: Tensor) -> None:
         assert parameter.grad is not None  # just accumulated
-        finite = parameter.grad.isfinite().all()
-        self._gradient = finite if self._gradient is None else self._gradient & finite
+        squared = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+        self._gradient = squared if self._gradient is None else self._gradient + squared
 
     def _local_faults(self) -> list[Fault]:
         """Waits for the device once."""
