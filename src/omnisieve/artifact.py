@@ -310,11 +310,11 @@ Decides which video and audio tokens an omni-modal LLM sees. It holds {parameter
 the LLM's; it fits LLMs whose embeddings are {width} wide.{llm}
 
 ```python
-from omnisieve import attach, load_compressor{imported}
+from omnisieve import attach, load_compressor, prepare{imported}
 
 compressor = load_compressor(SOURCE)  # this folder, or OWNER/NAME on the hub; retained_ratio=0.35 sets another ratio
 {before}with {context}attach(model, compressor.to(model.device)):
-    model.generate(**inputs)
+    model.generate(**prepare(model, processor, "clip.mp4", "What is heard?"))
 ```
 
 ## Settings
