@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from omnisieve.artifact import save_compressor
+from omnisieve.backbones import adapter_for
+from omnisieve.backbones.tuning import trainable
 from omnisieve.compressors import CompressorError, build_compressor
-from omnisieve.config import ConfigError, RatioSection, WarmStartSection
-from omnisieve.training.build import make_compressor, make_teacher
-from tests.models import HIDDEN
+from omnisieve.config import ConfigError, LlmSection, RatioSection, WarmStartSection
+from omnisieve.trained_llm import read_tuned_llm
+from omnisieve.training.build import make_compressor, make_teacher, make_trainable, start_llm
+from tests.models import HIDDEN, tiny_thinker
+from tests.trained import ATTENTION, export_tuned, lora_section
 from tests.training.runs import OMNISIFT, make_config
 
 
@@ -150,3 +155,50 @@ def test_a_drawn_ratio_and_a_fixed_split_exclude_each_other(tmp_path: Path):
     config.train.ratio = RatioSection(min=0.2, max=0.4)
     with pytest.raises(ConfigError, match=r"audio_ratio and train\.ratio exclude"):
         make_compressor(config, HIDDEN)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_an_llm_that_was_trained_goes_on_with_its_compressor(mode: Any, tmp_path: Path):
+    folder, trained = export_tuned(tmp_path / "out", mode)
+    lora = lora_section(dropout=0.3, targets=list(reversed(ATTENTION)))
+    config = make_config(tmp_path, init_from=str(folder), llm=LlmSection(mode, lora=lora))
+    make_compressor(config, HIDDEN)
+    model = tiny_thinker()
+    make_trainable(adapter_for(model), config.train.llm)
+    start_llm(adapter_for(model), config)
+    learning = trainable(adapter_for(model))
+    tensors = read_tuned_llm(folder).tensors
+    assert learning.keys() == tensors.keys()
+    assert all(parameter.requires_grad and torch.equal(parameter, tensors[n]) for n, parameter in learning.items())
+    ids = torch.arange(9, 60)[None]
+    assert torch.equal(model.eval()(input_ids=ids).logits, trained(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("exported", "llm", "told"),
+    [
+        (
+            "lora",
+            LlmSection(),
+            r"mode=lora\), here train\.llm\.mode is frozen: set lora .*--merge.*model\.path=OUT/model",
+        ),
+        ("full", LlmSection(), r"mode=full\), here train\.llm\.mode is frozen"),
+        ("lora", LlmSection("full"), r"mode=lora\), here train\.llm\.mode is full"),
+        ("full", LlmSection("lora"), r"mode=full\), here train\.llm\.mode is lora"),
+        ("lora", LlmSection("lora", lora=lora_section(rank=8)), r"lora\.rank is 8, in .* it is 4"),
+        ("lora", LlmSection("lora", lora=lora_section(targets=["q_proj"])), r"lora\.targets is \['q_proj'\]"),
+    ],
+)
+def test_an_llm_that_cannot_go_on_is_refused_with_the_cure(exported: Any, llm: LlmSection, told: str, tmp_path: Path):
+    folder, _ = export_tuned(tmp_path / "out", exported)
+    with pytest.raises(ConfigError, match=told):
+        make_compressor(make_config(tmp_path, init_from=str(folder), llm=llm), HIDDEN)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_an_export_beside_a_frozen_llm_starts_any(mode: Any, tmp_path: Path):
+    fields = {name: value for name, value in OMNISIFT.items() if name != "method"}
+    folder = save_compressor(build_compressor("omnisift", hidden_size=HIDDEN, **fields), tmp_path / "out")
+    config = make_config(tmp_path, init_from=str(folder), llm=LlmSection(mode))
+    make_compressor(config, HIDDEN)
+    start_llm(adapter_for(tiny_thinker()), config)

@@ -33,13 +33,23 @@ def loading_in_shards(settings: dict[str, Any]) -> Iterator[None]:
         del marker
 
 
-def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """A context in which a parameter that is spread over the ranks is whole; all ranks enter it together."""
+def whole(parameter: nn.Parameter, *, change: bool = False) -> AbstractContextManager[Any]:
+    """A context in which a parameter that is spread over the ranks is whole; all ranks enter it together.
+
+    Args:
+        parameter: of any model; one that is not spread is whole anyway.
+        change: what the first rank writes inside is kept, by all ranks.
+    """
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed  # slow, and needed by a training alone
 
-    return deepspeed.zero.GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if change else None)
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The whole one's, also of a parameter that is spread over the ranks."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def load_backbone(

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from omnisieve.backbones.adapter import Adapter, BackboneError
+from omnisieve.backbones.loading import shape_of, whole
 from omnisieve.config import LoraSection
 
 _ADAPTER = "default"
@@ -154,7 +155,7 @@ def trainable(adapter: Adapter, lora: str = _ADAPTER) -> dict[str, nn.Parameter]
 
 
 def load_trained(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Give what learns of an LLM its trained values.
+    """Give what learns of an LLM its trained values; all ranks call this where it is spread over them.
 
     Args:
         parameters: of `trainable`, of a model made trainable in the same way.
@@ -166,16 +167,17 @@ def load_trained(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, T
     problems = [f"missing: {name}" for name in parameters if name not in tensors]
     problems += [f"left over: {name}" for name in tensors if name not in parameters]
     problems += [
-        f"shape of {name}: {tuple(tensors[name].shape)} instead of {tuple(parameters[name].shape)}"
+        f"shape of {name}: {tuple(tensors[name].shape)} instead of {tuple(shape_of(parameters[name]))}"
         for name in parameters
-        if name in tensors and tensors[name].shape != parameters[name].shape
+        if name in tensors and tensors[name].shape != shape_of(parameters[name])
     ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise BackboneError(f"the trained weights do not fit this LLM: {'; '.join(problems[:8])}{more}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            with whole(parameter, change=True):
+                parameter.copy_(tensors[name])
 
 
 def set_dropout(decoder: nn.Module, active: bool) -> None:

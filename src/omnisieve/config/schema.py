@@ -267,7 +267,8 @@ class TrainSection:
         "training-free method to start as, such as stvp: untrained, the compressor keeps what that keeps, and its "
         "selection is computed in every step (fields in compressor.base_settings); or one inside the LLM, such as "
         "seats, whose order warm_start teaches; or the folder of an exported compressor, or its OWNER/NAME on the hub, "
-        "to go on from its weights with a fresh optimiser",
+        "to go on from its weights with a fresh optimiser (and from those of its LLM, if that was trained, too, in the "
+        "same train.llm.mode)",
     )
     warm_start: WarmStartSection = section(WarmStartSection)
 

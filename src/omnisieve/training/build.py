@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from omnisieve.artifact import load_compressor
 from omnisieve.backbones import Adapter, BackboneError, Estimator, adapter_for, load_backbone
 from omnisieve.backbones.media import media_loader
-from omnisieve.backbones.tuning import add_lora, train_all
+from omnisieve.backbones.tuning import add_lora, load_trained, train_all, trainable
 from omnisieve.compressors import (
     Compressor,
     CompressorError,
@@ -25,6 +25,7 @@ from omnisieve.compressors import (
 from omnisieve.compressors.inner import InnerCompressor
 from omnisieve.config import ConfigError, LlmSection, TrainConfig, check_fields
 from omnisieve.data.errors import DataError
+from omnisieve.trained_llm import describe_tuned_llm, has_tuned_llm, read_tuned_llm
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import sharded_loading
 from omnisieve.training.errors import TrainingError
@@ -53,6 +54,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     torch.manual_seed(config.train.seed)
     compressor = make_compressor(config, adapter.hidden_size)
     make_trainable(adapter, config.train.llm)
+    start_llm(adapter, config)
     media = media_loader(config.model.path, adapter, config.data)
     module = TrainingModule(
         backbone,
@@ -79,11 +81,53 @@ def make_trainable(adapter: Adapter, llm: LlmSection) -> None:
         train_all(adapter)
 
 
+def start_llm(adapter: Adapter, config: TrainConfig) -> None:
+    """Let the LLM go on from where the export in `train.init_from` ended, if that holds one.
+
+    Args:
+        adapter: of the model, made trainable.
+        config: of the run.
+
+    Raises:
+        ArtifactError: it is damaged. BackboneError: it was made from another LLM.
+    """
+    start = config.train.init_from
+    if start is not None and not is_method(start) and has_tuned_llm(start):
+        load_trained(trainable(adapter), read_tuned_llm(start).tensors)
+
+
+def check_llm(start: str, llm: LlmSection) -> None:
+    """Whether a run can go on with the LLM of an export.
+
+    Raises:
+        ConfigError: it was trained in another way; says what to set.
+    """
+    if not has_tuned_llm(start):
+        return
+    found = describe_tuned_llm(start)
+    if found["mode"] != llm.mode:
+        raise ConfigError(
+            f"train.init_from: the LLM of {start} was trained, too (train.llm.mode={found['mode']}), here "
+            f"train.llm.mode is {llm.mode}: set {found['mode']} to go on with both; or write that LLM as a model with "
+            f"`tools/export.py {start} OUT --merge`, and set train.init_from=OUT model.path=OUT/model"
+        )
+    if found["lora"] is None:
+        return
+    # Dropout is no part of what was learned.
+    for name in ("rank", "alpha", "targets"):
+        wanted, there = (getattr(lora, name) for lora in (llm.lora, found["lora"]))
+        if wanted != there and not (name == "targets" and set(wanted) == set(there)):
+            raise ConfigError(
+                f"train.llm.lora.{name} is {wanted}, in {start} it is {there}: adapters go on as they are"
+            )
+
+
 def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
     """The compressor to train: fresh, with a base, or exported, whose settings the section may change.
 
     Raises:
-        ConfigError: the method has nothing to train, the section does not fit it, or another one was exported.
+        ConfigError: the method has nothing to train, the section does not fit it, another one was exported, or with
+            an LLM that was trained in another way.
         CompressorError: a value cannot be, or `train.init_from` names no method; names the nearest.
     """
     section = dict(config.compressor)
@@ -112,6 +156,7 @@ def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
             f"train.init_from: {start} is for hidden size {compressor.hidden_size}, but {config.model.path} has "
             f"{hidden_size}"
         )
+    check_llm(start, config.train.llm)
     return compressor
 
 

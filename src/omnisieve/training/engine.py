@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from omnisieve.backbones.loading import loading_in_shards, whole
+from omnisieve.backbones.loading import loading_in_shards, shape_of, whole
 from omnisieve.config import TrainConfig, TrainSection
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import warmup_cosine
@@ -94,11 +94,6 @@ def parameter_groups(module: TrainingModule, train: TrainSection) -> list[dict[s
             if chosen:
                 groups.append({"params": chosen, "lr": lr, "weight_decay": decay, "owner": owner})
     return groups
-
-
-def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """The whole one's, also of a parameter that is spread over the ranks."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def learning_rates(engine: Any) -> dict[str, float]:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from omnisieve.backbones.loading import shape_of
 from omnisieve.backbones.shape import DecoderShape, decoder_shape
 from omnisieve.backbones.tuning import adapter_width
 from omnisieve.config import TrainConfig
 from omnisieve.data.batch import Batch
 from omnisieve.layout import Modality
-from omnisieve.training.engine import shape_of, trains_in_bfloat16
+from omnisieve.training.engine import trains_in_bfloat16
 from omnisieve.training.objective import TrainingModule
 
 _FLOAT32 = 4
