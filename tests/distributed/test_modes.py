@@ -24,6 +24,7 @@ from omnisieve.training.checkpoint import BEST, LAST
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import collect
 from tests.distributed.launch import run_distributed
+from tests.models import tiny_thinker
 from tests.training.batches import CLIPS
 from tests.training.runs import make_config, make_trainer
 
@@ -92,7 +93,8 @@ def job(ranks: Ranks, folder: Path) -> dict[str, Any]:
         run(ranks, folder / f"{mode} {stage}", mode, stage, max_steps=3, eval_every=3)
         offload = OffloadSection(optimizer=True, parameters=stage == 3)
         run(ranks, folder / f"{mode} {stage} offloaded", mode, stage, max_steps=3, eval_every=3, offload=offload)
-        run(ranks, folder / f"{mode} {stage} bfloat16", mode, stage, max_steps=2)
+        trainer = run(ranks, folder / f"{mode} {stage} bfloat16", mode, stage, max_steps=2)
+        found[mode, stage, "buffers"] = {name: value.clone() for name, value in trainer.module.named_buffers()}
     for mode, stage, (name, options) in product(MODES, (1, 3), VARIANTS.items()):
         run(ranks, folder / f"{mode} {stage} {name}", mode, stage, max_steps=3, eval_every=2, **options)
     for mode, stage in product(MODES, (2, 3)):
@@ -168,6 +170,15 @@ def test_stages_agree_beside_a_bfloat16_llm(results, mode: str):
     for record in others:
         assert record["train/loss"] == pytest.approx(first["train/loss"], rel=1e-3)
         assert record["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_rotary_frequencies_stay_float32(results, mode: str, stage: int):
+    expected = {f"backbone.{name}": value for name, value in tiny_thinker().named_buffers()}
+    for rank in results[2][1]:
+        found = rank[mode, stage, "buffers"]
+        torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", MODES)
