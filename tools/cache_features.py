@@ -54,6 +54,8 @@ from omnisieve.training.distributed import divide_threads, leave
 from omnisieve.training.errors import TrainingError
 
 SHARD_BYTES = 1 << 30
+# Files after which a decoding process is replaced, which gives back what libraries leaked.
+RECYCLE_AFTER = 1000
 # Of the one exchange between processes, at the start, for which the first may have to tidy up a large folder.
 WAIT = timedelta(hours=1)
 
@@ -161,7 +163,7 @@ def fill(config: TrainConfig | EvalConfig, process: Process) -> int:
     parts = media_of(config)
     share = parts[process.rank :: process.world_size]
     files: ReadAhead[Medium] = ReadAhead(
-        MediaFiles(share, loader, cache), num_workers=config.data.workers, recycle_after=config.data.recycle_after
+        MediaFiles(share, loader, cache), num_workers=config.data.workers, recycle_after=RECYCLE_AFTER
     )
 
     def encode(medium: Medium) -> Features:
