@@ -28,7 +28,7 @@ from omnisieve.data.collate import collate
 from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import Manifest
 from omnisieve.evaluation.methods import resolve_methods
-from omnisieve.training.pictures import asked, clip_media, picture
+from omnisieve.training.pictures import asked_ratio, clip_media, picture
 
 SUFFIXES = (".png", ".jpg", ".webp")
 
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     drawn = picture(
         clip_media(sample, loader.preprocessor, args.frames),
         keep.cpu().numpy()[0],
-        f"{sample.id}, {args.compressor}, {asked(compressor.settings)}",
+        f"{sample.id}, {args.compressor}, {asked_ratio(compressor.settings)}",
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(drawn).save(args.output)

@@ -16,7 +16,7 @@ from omnisieve.training.pictures import (
     WIDTH,
     ClipMedia,
     Film,
-    asked,
+    asked_ratio,
     caption,
     clip_media,
     dimmed,
@@ -159,7 +159,7 @@ def test_a_caption_counts_by_modality():
     ],
 )
 def test_ratios_in_words(ratios: dict[str, float], words: str):
-    assert asked(Settings(**ratios)) == words
+    assert asked_ratio(Settings(**ratios)) == words
 
 
 def test_kept_spans_lie_where_their_tokens_are():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from omnisieve.data.batch import Batch
 from omnisieve.layout import Modality
+from omnisieve.training.clock import Clock
 from omnisieve.training.distributed import Ranks
 
 
@@ -78,6 +79,25 @@ def ratios(sums: Mapping[str, float]) -> dict[str, float]:
     kept["total"] = kept["video"] + kept["audio"]
     available = {"video": sums["video"], "audio": sums["audio"], "total": sums["video"] + sums["audio"]}
     return {name: kept[name] / available[name] for name in kept if available[name]}
+
+
+def record(sums: Mapping[str, float], clock: Clock, memory: Mapping[str, float]) -> dict[str, float]:
+    """Scalars of the steps that were summed up, by the names they have in the log; waits for the device.
+
+    Args:
+        sums: that a meter read.
+        clock: that timed the same steps.
+        memory: in GiB, see `memory.memory`.
+    """
+    before, after = tokens(sums)
+    return {
+        **{f"train/{name}": value for name, value in quality(sums).items()},
+        **{f"ratio/{name}": value for name, value in ratios(sums).items()},
+        "tokens_per_second/before_compression": before / clock.run_seconds,
+        "tokens_per_second/after_compression": after / clock.run_seconds,
+        **{f"seconds/{lap}": value for lap, value in clock.read().items()},
+        **{f"memory_gib/{name}": value for name, value in memory.items()},
+    }
 
 
 def tokens(sums: Mapping[str, float]) -> tuple[float, float]:

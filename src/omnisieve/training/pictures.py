@@ -114,7 +114,7 @@ def picture(clip: ClipMedia, keep: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([space, *(part for row in rows for part in (row, space))])
 
 
-def asked(settings: Settings) -> str:
+def asked_ratio(settings: Settings) -> str:
     """The ratios that a compressor was asked for, in words."""
     ratios = {"all": settings.retained_ratio, "video": settings.video_ratio, "audio": settings.audio_ratio}
     return "asked ratio " + ", ".join(f"{name} {value:g}" for name, value in ratios.items() if value is not None)

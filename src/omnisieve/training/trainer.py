@@ -29,9 +29,9 @@ from omnisieve.training.guards import Fault, Outcome, StepGuard
 from omnisieve.training.interruption import Interruption
 from omnisieve.training.lockstep import Lockstep
 from omnisieve.training.memory import memory
-from omnisieve.training.meter import Meter, progress, quality, ratios, tokens
+from omnisieve.training.meter import Meter, progress, quality, ratios, record
 from omnisieve.training.objective import TrainingModule
-from omnisieve.training.pictures import asked
+from omnisieve.training.pictures import asked_ratio
 from omnisieve.training.probes import Probes
 from omnisieve.training.schedule import draw_ratio, draw_seed
 from omnisieve.training.scores import ScoreMeter
@@ -154,7 +154,7 @@ class Trainer:
                 tracker.log(self.step, scores)
                 self._validation_is_due = False
                 if self._ranks.is_first and self._train.picture_limit:
-                    title = f"step {self.step}, {asked(self.module.compressor.settings)}"
+                    title = f"step {self.step}, {asked_ratio(self.module.compressor.settings)}"
                     tracker.pictures(self.step, self._probes.pictures(title))
                     self._watchdog.beat()
         saves = self._stopping or self._is_due(self._train.save_every)
@@ -259,18 +259,7 @@ class Trainer:
         scalars = {"bad_steps": float(self._guard.total), **{f"lr/{owner}": value for owner, value in rates.items()}}
         if not self._guard.in_a_row:
             scalars["grad_norm"] = float(self.engine.get_global_grad_norm())
-        if not sums:
-            return scalars
-        before, after = tokens(sums)
-        seconds = self._clock.run_seconds
-        return scalars | {
-            **{f"train/{name}": value for name, value in quality(sums).items()},
-            **{f"ratio/{name}": value for name, value in ratios(sums).items()},
-            "tokens_per_second/before_compression": before / seconds,
-            "tokens_per_second/after_compression": after / seconds,
-            **{f"seconds/{lap}": value for lap, value in self._clock.read().items()},
-            **{f"memory_gib/{name}": value for name, value in memory(self.engine.device).items()},
-        }
+        return scalars | record(sums, self._clock, memory(self.engine.device)) if sums else scalars
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float] | None:
