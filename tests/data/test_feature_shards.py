@@ -179,7 +179,7 @@ def test_a_row_that_is_not_finite_comes_back_as_nan(bad: float) -> None:
 
 
 def test_relative_error_of_int8_at_real_width() -> None:
-    """Of normal values 0.8 %, of rows with a few channels thirty times as large about a tenth: what is documented."""
+    """Of normal values 0.9 %, with four channels thirty times as large 7 %: what is documented."""
     values = torch.randn(200, 3584, generator=torch.Generator().manual_seed(0))
     outliers = values.clone()
     outliers[:, :4] *= 30
@@ -187,8 +187,8 @@ def test_relative_error_of_int8_at_real_width() -> None:
     def error(rows: torch.Tensor) -> float:
         return float(((dequantise(*quantise(rows), torch.float32) - rows).norm(dim=1) / rows.norm(dim=1)).mean())
 
-    assert 0.007 < error(values) < 0.0095
-    assert 0.05 < error(outliers) < 0.15
+    assert 0.0085 < error(values) < 0.0095
+    assert 0.065 < error(outliers) < 0.075
 
 
 def test_bytes_on_the_disk_are_those_that_are_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.programs import arguments, family, finish, largest_difference, start, train
 
 TOOL = "tools/cache_features.py"
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # It starts from statistics of the encoders, too.
 OPTIONS = ("train.max_steps=4", "train.init_from=visionzip_om", "train.eval_every=0")
 
