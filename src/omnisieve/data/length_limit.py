@@ -21,6 +21,8 @@ from omnisieve.data.tokens import ImageRun, Run, TokenRules, VideoRun
 if TYPE_CHECKING:
     from omnisieve.data.dataset import MediaLoader
 
+_CURE = "cut the clip, lower data.max_pixels or data.audio.max_seconds, or raise data.max_tokens"
+_THINNER = "read such samples more thinly by data.too_long=lower_fps, lower data.fps or data.max_frames"
 # Tokens by which a sound may be off, because the end that its file states may be.
 _SOUND_SLACK = 2
 _ROUNDING = 1e-9
@@ -35,14 +37,10 @@ class TooLongError(DataError):
     """
 
     kind = "too_long"
-    cure = (
-        "lower data.fps, data.max_frames or data.max_pixels, cut the clip, raise data.max_tokens, or read such samples "
-        "more thinly by data.too_long=lower_fps"
-    )
 
-    def __init__(self, file: str, reason: str) -> None:
-        super().__init__(file, reason)
-        self.file, self.reason = file, reason
+    def __init__(self, file: str, reason: str, cure: str) -> None:
+        super().__init__(file, reason, cure)
+        self.file, self.reason, self.cure = file, reason, cure
 
     def __str__(self) -> str:
         return f"{self.file or 'a sample without media'}: {self.reason} ({self.kind}). Cure: {self.cure}."
@@ -89,8 +87,8 @@ class LengthLimit:
     def _check(self, conversation: Conversation, tokens: int) -> None:
         if tokens > self.max_tokens:
             file = str(conversation.media[0].path) if conversation.media else ""
-            fewest = " with the fewest frames" if self.lower_fps else ""
-            raise TooLongError(file, f"{tokens} tokens{fewest}, above data.max_tokens {self.max_tokens}")
+            fewest, cure = (" with the fewest frames", _CURE) if self.lower_fps else ("", f"{_THINNER}, {_CURE}")
+            raise TooLongError(file, f"{tokens} tokens{fewest}, above data.max_tokens {self.max_tokens}", cure)
 
 
 class _Videos:
