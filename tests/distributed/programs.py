@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ def arguments(clips: Path, output_dir: Path, *overrides: str) -> list[str]:
     return ["--config", "recipes/quickstart.yaml", *(f"{k}={v}" for k, v in settings.items()), *overrides]
 
 
-def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """A program of the repository, in a process group of its own."""
+def start(command: Sequence[str], *, core: int | None = None, **environment: str) -> subprocess.Popen[str]:
+    """A program of the repository, in a process group of its own; with `core` it sees one core only."""
     places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     inherited = {name: value for name, value in os.environ.items() if name not in places}
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     variables = {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    cores = sorted(os.sched_getaffinity(0))
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -51,6 +53,7 @@ def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=None if core is None else partial(os.sched_setaffinity, 0, {cores[core % len(cores)]}),
     )
 
 
@@ -75,11 +78,14 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start_two_ranks(*words: str) -> list[subprocess.Popen[str]]:
+def start_two_ranks(*words: str, core_each: bool = False) -> list[subprocess.Popen[str]]:
     """Both ranks without a launcher in between, so that each one's exit status is seen."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     command = [sys.executable, "train.py", *words]
-    return [start(command, RANK=rank, LOCAL_RANK=rank, **address) for rank in "01"]
+    return [
+        start(command, core=rank if core_each else None, RANK=str(rank), LOCAL_RANK=str(rank), **address)
+        for rank in range(2)
+    ]
 
 
 def two_ranks(*words: str) -> list[tuple[int, str]]:
