@@ -201,7 +201,7 @@ def _precision(tuned: TunedLlm) -> Precision:
 def _digests(model: nn.Module) -> dict[str, tuple[str, str]]:
     """What tells the weights of two models apart, of which only one is in memory."""
     return {
-        name: (f"{value.dtype} {tuple(value.shape)}", hashlib.sha256(_bytes(value).numpy()).hexdigest())
+        name: (f"{value.dtype} {tuple(value.shape)}", hashlib.sha256(_bytes(value).numpy().data).hexdigest())
         for name, value in model.state_dict().items()
     }
 
