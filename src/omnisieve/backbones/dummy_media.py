@@ -24,18 +24,24 @@ from omnisieve.layout import Modality
 DUMMY_MEL_FRAMES = 200
 
 
-def with_dummies(batch: Batch, missing: Set[Modality], vision_config: Any, audio_config: Any) -> Batch:
-    """The batch with encoder inputs for media that it lacks. Nothing else of it knows of them."""
+def with_dummies(batch: Batch, missing: Set[Modality], vision: Any, audio: Any) -> Batch:
+    """The batch with encoder inputs for media that it lacks; nothing else of it knows of them.
+
+    Args:
+        batch: on its device.
+        missing: media that it lacks.
+        vision, audio: configurations of the encoders.
+    """
     if not missing:
         return batch
-    vision = vision_config
     dummies = _dummies(
         vision.spatial_merge_size,
         vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-        audio_config.num_mel_bins,
+        audio.num_mel_bins,
         batch.input_ids.device,
     )
-    return replace(batch, **{name: value for modality in missing for name, value in dummies[modality].items()})
+    inputs: dict[str, Any] = {name: value for modality in missing for name, value in dummies[modality].items()}
+    return replace(batch, **inputs)
 
 
 @lru_cache
