@@ -12,7 +12,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 
-from omnisieve import Compressor, build_compressor, load_compressor, push_compressor
+from omnisieve import Compressor, build_compressor, load_compressor, push_compressor, tuned_llm
 from omnisieve.artifact import CARD_FILE, CONFIG_FILE, FILES, WEIGHTS_FILE, ArtifactError, locate
 from omnisieve.compressors import CompressorError
 from omnisieve.compressors.omnisift import OmniSift
@@ -20,6 +20,8 @@ from omnisieve.compressors.random import Random
 from omnisieve.evaluation.methods import resolve_methods
 from omnisieve.hub import HubError, is_repo_name
 from tests.local_hub import COMMIT, LocalHub, local_hub
+from tests.models import tiny_thinker
+from tests.trained import export_tuned
 
 REPO = "owner/omnisift-25"
 CARD = {"backbone": "Qwen/Qwen2.5-Omni-7B", "steps": 3}
@@ -100,6 +102,16 @@ def test_a_tuned_llm_goes_where_its_compressor_goes(compressor: Compressor, hub:
     found = {path.name: path.read_bytes() for path in (copy / "llm").iterdir()}
     assert found == content
     assert build_compressor("random", retained_ratio=0.5).tuned_llm is None
+
+
+def test_an_llm_from_the_hub_is_put_on(hub: LocalHub, tmp_path: Path) -> None:
+    folder, trained = export_tuned(tmp_path / "export")
+    load_compressor(folder).push_to_hub(REPO)
+    model, ids = tiny_thinker(), torch.arange(9, 60)[None]
+    with tuned_llm(model, REPO):
+        assert torch.equal(model(input_ids=ids).logits, trained(input_ids=ids).logits)
+    brings, borrows = resolve_methods([REPO, "random"], {"random": {"llm": REPO}})
+    assert brings.llm == borrows.llm == locate(REPO)
 
 
 def test_an_evaluation_takes_a_name_on_the_hub(compressor: Compressor, hub: LocalHub) -> None:
