@@ -67,6 +67,16 @@ def test_init_from_takes_weights_and_changed_settings(tmp_path: Path):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_init_from_a_bfloat16_export_learns_in_float32(mode: Any, tmp_path: Path):
+    fields = {name: value for name, value in OMNISIFT.items() if name != "method"}
+    exported = build_compressor("omnisift", hidden_size=HIDDEN, **fields).to(torch.bfloat16)
+    folder = save_compressor(exported, tmp_path / "exported")
+    loaded = make(tmp_path, OMNISIFT, init_from=str(folder), llm=LlmSection(mode))
+    expected = {name: value.float() for name, value in exported.state_dict().items()}
+    torch.testing.assert_close(loaded.state_dict(), expected, rtol=0, atol=0)
+
+
 def test_init_from_another_method_is_refused(tmp_path: Path):
     folder = save_compressor(build_compressor("random", retained_ratio=0.25), tmp_path / "exported")
     with pytest.raises(ConfigError, match="holds random"):

@@ -148,7 +148,8 @@ def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
     if start is None or is_method(start):
         base = None if make_teacher(config) is not None else start
         return build_compressor(method.name, hidden_size=hidden_size, **with_base(settings, base))
-    compressor = load_compressor(start, **settings)
+    # An imported one may be bfloat16, in which most updates of a small learning rate would be rounded away.
+    compressor = load_compressor(start, **settings).float()
     if compressor.name != method.name:
         raise ConfigError(f"train.init_from: {start} holds {compressor.name}, compressor.method is {method.name}")
     if compressor.hidden_size != hidden_size:
