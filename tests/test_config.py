@@ -139,6 +139,7 @@ def test_a_wrong_list_item_names_the_list(tmp_path: Path):
         ("train.warmup_ratio=2", "train.warmup_ratio is 2.0; it must lie in"),
         ("train.eval_every=-1", "train.eval_every is -1; it must not be negative"),
         ("train.estimator.candidates=1.5", "train.estimator.candidates is 1.5"),
+        ("train.llm.lora.dropout=1", "train.llm.lora.dropout is 1.0; it must lie in [0, 1)"),
         ("train.ratio.min=0.2", "train.ratio needs both"),
         ("train.ratio={min: 0.5, max: 0.2}", "train.ratio is [0.5, 0.2]"),
         ("train.stop_at=0", "train.stop_at is 0; it must be above 0"),

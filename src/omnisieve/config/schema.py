@@ -172,7 +172,7 @@ class LoraSection:
 
     def __post_init__(self) -> None:
         _positive("train.llm.lora", self, "rank", "alpha")
-        _in_unit_interval("train.llm.lora", self, "dropout")
+        _require("train.llm.lora", self, ("dropout",), lambda value: 0 <= value < 1, "must lie in [0, 1)")
         if not self.targets:
             raise ConfigError("train.llm.lora.targets is empty; name at least one module, such as q_proj")
 
