@@ -13,9 +13,9 @@ from torch import Tensor
 from omnisieve.backbones import Estimator, adapter_for
 from omnisieve.backbones.shape import decoder_shape
 from omnisieve.compressors import build_compressor
-from omnisieve.config import LlmSection, LoraSection, OffloadSection
+from omnisieve.config import LlmSection, LoraSection, OffloadSection, RatioSection
 from omnisieve.training.build import make_trainable
-from omnisieve.training.estimate import Sizes, estimate, sizes_of, table
+from omnisieve.training.estimate import Sizes, estimate, processed_tokens, sizes_of, table
 from omnisieve.training.objective import TrainingModule
 from tests.models import FAMILIES, HIDDEN, tiny_thinker
 from tests.training.batches import CLIPS, make_batch
@@ -66,6 +66,18 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, family: str, mode: 
     assert 0.6 < (need.activations + need.logits) / measured < 1.6
 
 
+def test_a_drawn_ratio_needs_what_its_highest_needs(tmp_path: Path):
+    module, config = make(tmp_path, FAMILIES[0], "frozen")
+    batch = make_batch(module.backbone, CLIPS[4:5])
+    config.train.estimator.route = "hard_drop"
+    fixed = processed_tokens(module, batch, config)
+    config.train.ratio = RatioSection(min=0.1, max=0.5)
+    drawn = processed_tokens(module, batch, config)
+    module.compressor = module.compressor.at(retained_ratio=0.5)
+    config.train.ratio = RatioSection()
+    assert fixed < drawn == processed_tokens(module, batch, config)
+
+
 SIZES = Sizes(
     frozen=1000,
     trainable=100,
@@ -90,7 +102,7 @@ def test_stages_spread_what_they_say(tmp_path: Path, stage: int, weights: int, g
 def test_what_is_offloaded_waits_on_the_host(tmp_path: Path):
     config = make_config(tmp_path, dtype="bfloat16", zero_stage=3, offload=OffloadSection(True, True))
     need = estimate(config, SIZES, ranks=4)
-    assert (need.weights, need.optimizer, need.host) == (2400, 0, 300 + 600)
+    assert (need.weights, need.optimizer, need.host) == (2400, 0, 300 + 100 + 600)
 
 
 def test_all_of_a_bfloat16_llm_takes_16_bytes_a_parameter(tmp_path: Path):

@@ -197,7 +197,7 @@ class LlmSection:
 class OffloadSection:
     """What waits in host memory while it is not needed, for a step that takes longer."""
 
-    optimizer: bool = option(False, "optimiser states, 8 to 12 bytes a trainable parameter; the update runs on the CPU")
+    optimizer: bool = option(False, "optimiser states, 16 bytes a trainable parameter; the update runs on the CPU")
     parameters: bool = option(False, "the LLM's own weights, layer by layer; needs zero_stage 3")
 
 

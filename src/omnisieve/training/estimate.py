@@ -91,9 +91,10 @@ def sizes_of(module: TrainingModule, batch: Batch, config: TrainConfig) -> Sizes
 
 
 def processed_tokens(module: TrainingModule, batch: Batch, config: TrainConfig) -> int:
-    """Tokens of a batch that the LLM's layers process in training, padding included."""
-    layout = batch.layout
-    budget = module.compressor.budget(layout)
+    """Tokens of a batch that the LLM's layers process in training, padding included; at the highest ratio drawn."""
+    layout, highest = batch.layout, config.train.ratio.max
+    compressor = module.compressor if highest is None else module.compressor.at(retained_ratio=highest)
+    budget = compressor.budget(layout)
     media = layout.counts(Modality.VIDEO, Modality.AUDIO)
     kept = budget.video + budget.audio
     estimator = config.train.estimator
@@ -117,7 +118,9 @@ def estimate(config: TrainConfig, sizes: Sizes, ranks: int) -> Memory:
     layers = decoder.layers * layer_bytes(sizes, train.llm.mode) + sizes.adapter_inputs * _FLOAT32
     # With checkpointing every layer's input, and one layer at a time in full.
     stored = inputs + layers // decoder.layers if train.gradient_checkpointing else layers
-    host = (optimizer if train.offload.optimizer else 0) + (resident if train.offload.parameters else 0)
+    # An offloaded optimiser holds a float32 gradient beside its states.
+    host = optimizer + sizes.trainable * _FLOAT32 // spread[0] if train.offload.optimizer else 0
+    host += resident if train.offload.parameters else 0
     return Memory(
         weights=(0 if train.offload.parameters else resident) + live,
         gradients=sizes.trainable * own // spread[1],
