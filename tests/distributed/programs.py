@@ -22,6 +22,8 @@ from omnisieve.training.checkpoint import verify
 from tests.training.clips import lasting
 
 ROOT = Path(__file__).parents[2]
+# Overrides of a run that only a signal ends.
+ENDLESS = ("train.max_steps=1000", "train.log_every=1", "train.eval_every=0", "train.save_every=0")
 
 
 def arguments(clips: Path, output_dir: Path, *overrides: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +17,19 @@ import pytest
 
 from omnisieve.config import TrainConfig, load_config
 from tests.distributed.programs import (
+    ENDLESS,
     ROOT,
     arguments,
     assert_complete,
     finish,
     free_port,
     largest_difference,
+    last_checkpoint,
+    last_logged,
     lasting_log,
     start,
     start_two_ranks,
+    wait_for_step,
 )
 
 # Stands for pdsh: runs the command, with %n replaced, for every host on this one.
@@ -58,14 +63,28 @@ def assert_equal(run: Path, other: Path) -> None:
     assert lasting_log(run) == lasting_log(other)
 
 
-@pytest.mark.slow
-def test_two_agents_meet_and_train_as_one_machine_does(clips: Path, tmp_path: Path, one_node: Path):
+def start_two_agents(*words: str) -> list[subprocess.Popen[str]]:
     meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "run")
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meeting]
-    words = arguments(clips, tmp_path / "run")
-    for status, output in map(finish, [start([*agent, "train.py", *words], core=node) for node in range(2)]):
+    return [start([*agent, "train.py", *words], core=node) for node in range(2)]
+
+
+@pytest.mark.slow
+def test_two_agents_meet_and_train_as_one_machine_does(clips: Path, tmp_path: Path, one_node: Path):
+    for status, output in map(finish, start_two_agents(*arguments(clips, tmp_path / "run"))):
         assert status == 0, output
     assert_equal(tmp_path / "run", one_node)
+
+
+@pytest.mark.slow
+def test_sigterm_to_both_agents_leaves_a_checkpoint(clips: Path, tmp_path: Path):
+    agents = start_two_agents(*arguments(clips, tmp_path / "run", *ENDLESS))
+    wait_for_step(tmp_path / "run", 1, *agents)
+    for agent in agents:
+        agent.send_signal(signal.SIGTERM)
+    output = "".join(output for _, output in map(finish, agents))
+    assert "ended on request" in output, output
+    assert last_checkpoint(tmp_path / "run") == last_logged(tmp_path / "run") < 1000
 
 
 def hostfile_command(tmp_path: Path, *words: str) -> tuple[list[str], dict[str, str]]:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.distributed.programs import (
+    ENDLESS,
     arguments,
     family,
     finish,
@@ -27,7 +28,6 @@ from tests.distributed.programs import (
     wait_for_step,
 )
 
-ENDLESS = ("train.max_steps=1000", "train.log_every=1", "train.eval_every=0", "train.save_every=0")
 STEPS = 60
 RESUMED = (
     f"train.max_steps={STEPS}",
