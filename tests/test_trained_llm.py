@@ -198,6 +198,26 @@ def test_another_llm_is_refused(mode, tmp_path: Path) -> None:
             tune_llm(other, folder)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_llm_of_the_same_shape_is_refused(family: str, tmp_path: Path) -> None:
+    folder, _ = export_tuned(tmp_path / "out", family=family)
+    merged = tiny_thinker(family=family)
+    tune_llm(merged, folder)
+    for other in (tiny_thinker(seed=7, family=family), merged):
+        stock, parts = logits(other), parts_of(other)
+        for apply in (on_and_off, tune_llm):
+            with pytest.raises(BackboneError, match="trained on tiny, and this LLM has other weights"):
+                apply(other, folder)
+            assert torch.equal(logits(other), stock)
+            assert parts_of(other) == parts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_precision_makes_no_other_llm(family: str, tmp_path: Path) -> None:
+    folder, _ = export_tuned(tmp_path / "out", family=family)
+    tune_llm(tiny_thinker(family=family).to(torch.bfloat16), folder)
+
+
 def test_weights_that_are_not_finite_are_not_merged(tmp_path: Path) -> None:
     folder, _ = export_tuned(tmp_path / "out")
     rewrite(folder, lambda weights: weights[NAME].fill_(float("nan")))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from omnisieve.artifact import save_compressor
 from omnisieve.backbones import adapter_for
-from omnisieve.backbones.tuning import trainable
+from omnisieve.backbones.tuning import fingerprint, trainable
 from omnisieve.compressors import build_compressor
 from omnisieve.config import LlmSection, LoraSection
 from omnisieve.trained_llm import TunedLlm
@@ -53,7 +53,8 @@ def export_tuned(
     """An export of a compressor and a tuned LLM, and the model that the training ended with."""
     model = tiny_thinker(family=family) if model is None else model
     section = None if mode == "full" else lora or lora_section()
-    tuned = TunedLlm(mode, str(base), tune(model, mode, seed, section), section)
+    tensors = tune(model, mode, seed, section)
+    tuned = TunedLlm(mode, str(base), tensors, section, fingerprint(adapter_for(model)) if section else None)
     compressor = build_compressor(
         "omnisift", hidden_size=hidden_size, retained_ratio=0.25, width=16, heads=2, pruner_channels=8
     )

@@ -20,10 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omnisieve.artifact import LLM_CONFIG_FILE, LLM_FOLDER, ArtifactError, locate, read_config
-from omnisieve.backbones import BackboneError, adapter_for
+from omnisieve.backbones import Adapter, BackboneError, adapter_for
 from omnisieve.backbones.loading import Precision, load_backbone
 from omnisieve.backbones.media import load_processor
-from omnisieve.backbones.tuning import LoraVariants, add_lora, load_trained, remove_lora, train_all, trainable
+from omnisieve.backbones.tuning import (
+    LoraVariants,
+    add_lora,
+    fingerprint,
+    load_trained,
+    remove_lora,
+    train_all,
+    trainable,
+)
 from omnisieve.config import ConfigError, LoraSection
 from omnisieve.files import sha256
 
@@ -41,12 +49,27 @@ class TunedLlm:
         base: path or name of the LLM that it was made from.
         tensors: under the names of `backbones.tuning.trainable`, on the host.
         lora: what the adapters were made with; None in mode "full".
+        fingerprint: of the LLM that adapters belong to, see `backbones.tuning.fingerprint`; None in mode "full", which
+            leaves nothing of it.
     """
 
     mode: Literal["lora", "full"]
     base: str
     tensors: Mapping[str, Tensor]
     lora: LoraSection | None = None
+    fingerprint: str | None = None
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse an LLM of the same shape that is another one.
+
+        Raises:
+            BackboneError: it is.
+        """
+        if self.fingerprint not in (None, fingerprint(adapter)):
+            raise BackboneError(
+                f"the adapters were trained on {self.base}, and this LLM has other weights (adapters merged into it, "
+                "for example): load the LLM that the training started from"
+            )
 
     def save(self, export: Path) -> None:
         """Write the folder `llm` into an export, and read it back.
@@ -63,6 +86,7 @@ class TunedLlm:
             "mode": self.mode,
             "base": self.base,
             "lora": None if self.lora is None else asdict(self.lora),
+            "fingerprint": self.fingerprint,
             "weights_sha256": sha256(folder / WEIGHTS_FILE),
         }
         (folder / LLM_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -98,11 +122,12 @@ def read_tuned_llm(export: str | Path) -> TunedLlm:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ArtifactError(f"{path} is no safetensors file ({error})") from error
-    return TunedLlm(config["mode"], config["base"], tensors, config["lora"])
+    return TunedLlm(config["mode"], config["base"], tensors, config["lora"], config["fingerprint"])
 
 
 def describe_tuned_llm(export: str | Path) -> dict[str, Any]:
-    """What an export says of its LLM without reading the weights: "mode", "base", "lora" and "weights_sha256".
+    """What an export says of its LLM without reading the weights: "mode", "base", "lora", "fingerprint" and
+    "weights_sha256".
 
     Args:
         export: see `read_tuned_llm`.
@@ -144,6 +169,7 @@ def apply_tuned(model: nn.Module, tuned: TunedLlm) -> None:
         handle = add_lora(adapter, tuned.lora)
         try:
             load_trained(trainable(adapter), tuned.tensors)
+            tuned.check(adapter)
         except BackboneError:
             remove_lora(adapter, handle, merge=False)
             raise
@@ -233,7 +259,10 @@ def add_variant(variants: LoraVariants, export: str | Path) -> str:
         see `tuned_llm`.
     """
     lora = lora_of(export)
-    return variants.add(lora, read_tuned_llm(export).tensors)
+    tuned = read_tuned_llm(export)
+    name = variants.add(lora, tuned.tensors)
+    tuned.check(variants.adapter)
+    return name
 
 
 def lora_of(export: str | Path) -> LoraSection:
@@ -261,7 +290,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} does not describe a tuned LLM in format version {FORMAT_VERSION}")
     try:
         lora = None if config["mode"] == "full" else LoraSection(**config["lora"])
-        return {name: config[name] for name in ("mode", "base", "weights_sha256")} | {"lora": lora}
+        return {name: config[name] for name in ("mode", "base", "fingerprint", "weights_sha256")} | {"lora": lora}
     except (KeyError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{path} does not describe a tuned LLM ({error!r}); export again") from error
 

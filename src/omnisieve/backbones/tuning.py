@@ -6,6 +6,7 @@ version: those of the decoder behind `decoder.`, those of the head behind `lm_he
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from omnisieve.backbones.loading import shape_of, whole
 from omnisieve.config import LoraSection
 
 _ADAPTER = "default"
+# Values of each tensor that enter a fingerprint.
+_SAMPLED = 256
 
 
 def add_lora(adapter: Adapter, lora: LoraSection) -> LoraModel:
@@ -77,10 +80,14 @@ def remove_lora(adapter: Adapter, handle: LoraModel, *, merge: bool) -> None:
 
 
 class LoraVariants:
-    """LLMs that differ from one that is loaded by adapters; at most one of them speaks at a time."""
+    """LLMs that differ from one that is loaded by adapters; at most one of them speaks at a time.
+
+    Attributes:
+        adapter: of the LLM.
+    """
 
     def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
+        self.adapter = adapter
         self._handle: LoraModel | None = None
         self._learning = [parameter for parameter in adapter.decoder.parameters() if parameter.requires_grad]
 
@@ -97,15 +104,15 @@ class LoraVariants:
         Raises:
             BackboneError: they do not fit this LLM, or it has adapters of others; `remove` what there is.
         """
-        decoder, name = self._adapter.decoder, _ADAPTER
+        decoder, name = self.adapter.decoder, _ADAPTER
         if self._handle is None:
-            self._handle = add_lora(self._adapter, lora)
+            self._handle = add_lora(self.adapter, lora)
         else:
             name = f"{_ADAPTER}{len(self._handle.peft_config)}"
-            self._handle.peft_config[name] = lora_config(self._adapter, lora)
+            self._handle.peft_config[name] = lora_config(self.adapter, lora)
             self._handle.inject_adapter(decoder, name)
             _in_float32(decoder)
-        load_trained(trainable(self._adapter, name), tensors)
+        load_trained(trainable(self.adapter, name), tensors)
         set_dropout(decoder, False)
         self._handle.disable_adapter_layers()
         return name
@@ -127,7 +134,7 @@ class LoraVariants:
     def remove(self) -> None:
         """Leave the LLM as it was before the first of them."""
         if self._handle is not None:
-            remove_lora(self._adapter, self._handle, merge=False)
+            remove_lora(self.adapter, self._handle, merge=False)
             self._handle = None
         for parameter in self._learning:
             parameter.requires_grad_(True)
@@ -178,6 +185,24 @@ def load_trained(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, T
         for name, parameter in parameters.items():
             with whole(parameter, change=True):
                 parameter.copy_(tensors[name])
+
+
+def fingerprint(adapter: Adapter) -> str:
+    """Tells LLMs of equal shapes apart, whatever precision they were loaded in; adapters are no part of it.
+
+    It is made from values of the linear modules of three layers. All ranks call this where the LLM is spread over them.
+    """
+    digest = hashlib.sha256()
+    for place in sorted({0, len(adapter.layers) // 2, len(adapter.layers) - 1}):
+        for name, part in sorted(adapter.layers[place].named_modules()):
+            # Routers are linear modules in some versions only.
+            if name.endswith("_proj") and isinstance(part, nn.Linear | LoraLayer):
+                weight: Any = (part.get_base_layer() if isinstance(part, LoraLayer) else part).weight
+                with whole(weight):
+                    flat = weight.detach().flatten()
+                    values = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].to("cpu", torch.bfloat16).contiguous()
+                digest.update(f"{place}.{name}".encode() + values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def set_dropout(decoder: nn.Module, active: bool) -> None:

@@ -93,7 +93,9 @@ def start_llm(adapter: Adapter, config: TrainConfig) -> None:
     """
     start = config.train.init_from
     if start is not None and not is_method(start) and has_tuned_llm(start):
-        load_trained(trainable(adapter), read_tuned_llm(start).tensors)
+        tuned = read_tuned_llm(start)
+        load_trained(trainable(adapter), tuned.tensors)
+        tuned.check(adapter)
 
 
 def check_llm(start: str, llm: LlmSection) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from omnisieve.artifact import save_compressor
-from omnisieve.backbones.tuning import trainable
+from omnisieve.backbones import Adapter
+from omnisieve.backbones.tuning import fingerprint, trainable
 from omnisieve.compressors import Compressor, build_compressor
 from omnisieve.config import TrainConfig
 from omnisieve.trained_llm import TunedLlm
@@ -36,9 +37,9 @@ def export(module: TrainingModule, folder: Path, config: TrainConfig, card: Mapp
     """
     first = ranks.is_first
     weights = collect(dict(module.compressor.named_parameters()), keep=first)
-    llm = collect(trainable(module.adapter), keep=first)
+    llm = tuned_llm(module.adapter, config, keep=first)
     if first:
-        also = tuned_llm(llm, config).save if llm else None
+        also = None if llm is None else llm.save
         # Compressors that are made to be written and read back draw numbers, which a resumed run would not.
         with torch.random.fork_rng(devices=[]), writing("the compressor", folder):
             save_compressor(whole(module.compressor, weights), folder, card=card, also=also)
@@ -54,9 +55,16 @@ def whole(compressor: Compressor, weights: Mapping[str, Tensor]) -> Compressor:
     return copy
 
 
-def tuned_llm(tensors: Mapping[str, Tensor], config: TrainConfig) -> TunedLlm:
-    """What a run changed of the LLM."""
-    llm = config.train.llm
+def tuned_llm(adapter: Adapter, config: TrainConfig, *, keep: bool) -> TunedLlm | None:
+    """What a run changed of the LLM; None if that is frozen. All ranks call this.
+
+    Args:
+        adapter: of the LLM.
+        config: of the run.
+        keep: whether this rank wants the tensors.
+    """
+    llm, base = config.train.llm, config.model.path
+    tensors = collect(trainable(adapter), keep=keep)
     if llm.mode == "lora":
-        return TunedLlm("lora", config.model.path, tensors, llm.lora)
-    return TunedLlm("full", config.model.path, tensors)
+        return TunedLlm("lora", base, tensors, llm.lora, fingerprint(adapter))
+    return TunedLlm("full", base, tensors) if llm.mode == "full" else None
