@@ -193,5 +193,5 @@ def test_folder_without_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(BackboneError, match="is a 'llama'"):
         load_backbone(tmp_path)
-    with pytest.raises(BackboneError, match="choose 'float32' or 'bfloat16'"):
+    with pytest.raises(BackboneError, match="choose 'float32', 'bfloat16' or 'auto'"):
         load_backbone(tmp_path, dtype="float16")
