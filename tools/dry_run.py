@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from omnisieve.backbones import Adapter, Estimator, adapter_for
+from omnisieve.backbones import Adapter, BackboneError, Estimator, adapter_for
 from omnisieve.backbones.families import family_of
 from omnisieve.backbones.reference import SHAPES, reference_config
-from omnisieve.compressors import CompressorError, build_compressor
-from omnisieve.config import ConfigError, TrainConfig, read_config
+from omnisieve.compressors import CompressorError
+from omnisieve.config import ConfigError, TrainConfig, WarmStartSection, read_config
 from omnisieve.data.batch import Batch, Features
 from omnisieve.data.tokens import VideoRun, expand
 from omnisieve.layout import Modality, TokenLayout
-from omnisieve.training.build import make_trainable
+from omnisieve.training.build import make_compressor, make_trainable
 from omnisieve.training.engine import trains_in_bfloat16
 from omnisieve.training.estimate import sizes_of, table
 from omnisieve.training.objective import TrainingModule
@@ -52,10 +53,11 @@ def main(argv: list[str]) -> int:
     torch.set_default_dtype(torch.float32)
     backbone.eval().requires_grad_(False)
     width = adapter_for(backbone).hidden_size
-    method = dict(config.compressor)
     train = config.train
+    # Where it starts from changes no shape.
+    fresh = replace(config, train=replace(train, init_from=None, warm_start=WarmStartSection()))
     with torch.device("meta"):
-        compressor = build_compressor(method.pop("method"), hidden_size=width, **method)
+        compressor = make_compressor(fresh, width)
         make_trainable(adapter_for(backbone), train.llm)
     if trains_in_bfloat16(config):
         compressor.to(torch.bfloat16)
@@ -138,5 +140,5 @@ def memory(module: TrainingModule, batch: Batch, config: TrainConfig, device_gib
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (CompressorError, ConfigError) as error:
+    except (BackboneError, CompressorError, ConfigError) as error:
         sys.exit(f"dry_run.py: {error}")

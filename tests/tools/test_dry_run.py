@@ -23,3 +23,10 @@ def test_one_step_of_a_recipe_on_real_shapes(recipe: str, capsys: pytest.Capture
     assert "without a gradient: none" in printed
     by_ranks = {line.split()[0]: line for line in printed.splitlines() if line[:5].strip().isdigit()}
     assert " fits 80 GiB" in by_ranks["8"]
+
+
+def test_a_preset_is_read_as_by_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ["--config", "recipes/omnisift_qwen2_5_omni_7b.yaml", "--shapes", "qwen2_5_omni_7b", "--seconds", "4"]
+    assert dry_run.main([*recipe, "compressor.preset=omnisift/7b/35", "compressor.retained_ratio=null"]) == 0
+    kept = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if ", kept" in line}
+    assert kept == {"video,": "395", "audio,": "60"}  # 0.33 of 1196 and 0.6 of 100

@@ -37,6 +37,8 @@ def test_a_preset_brings_its_ratios(tmp_path: Path):
     section = {name: value for name, value in OMNISIFT.items() if not name.endswith("ratio")}
     settings = make(tmp_path, {**section, "preset": "omnisift/7b/35"}).settings
     assert (settings.retained_ratio, settings.video_ratio, settings.audio_ratio) == (None, 0.33, 0.6)
+    # As a command line takes away the ratio of a recipe.
+    assert make(tmp_path, {**section, "preset": "omnisift/7b/35", "retained_ratio": None}).settings == settings
 
 
 @pytest.mark.parametrize(

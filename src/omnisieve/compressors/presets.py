@@ -39,10 +39,11 @@ class Preset:
     window: tuple[int, int] | None = None
 
     def with_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings with other values; a new ratio replaces all ratios."""
+        """The settings with other values; a new ratio replaces all ratios, null is none."""
+        given = {name: value for name, value in changes.items() if name not in RATIOS or value is not None}
         kept = {name: value for name, value in self.settings.items() if name not in RATIOS}
-        own = kept if any(name in changes for name in RATIOS) else self.settings
-        return {**own, **changes}
+        own = kept if any(name in given for name in RATIOS) else self.settings
+        return {**own, **given}
 
 
 @cache
