@@ -15,6 +15,7 @@ from omnisieve.data.manifest import Manifest
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.sampler import StreamSampler
 from omnisieve.training.bad_samples import BAD_SAMPLES_FILE, SampleReport
+from omnisieve.training.errors import OutputError
 from tests.data.media_files import FAULTS, MediaSpec, write_faulty, write_media
 from tests.data.stock import rules, stock_processor
 
@@ -55,6 +56,13 @@ def written(folder: Path) -> list[dict[str, str]]:
 
 def bad(path: str, **changes: str) -> BadSample:
     return replace(BadSample("1", path, "empty", "the file has 0 bytes", "copy it", "2"), **changes)
+
+
+def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+    report = SampleReport(tmp_path / "gone", Alone(), BadSample)  # type: ignore[arg-type]
+    report.note([bad("a")])
+    with pytest.raises(OutputError, match=r"list of samples to .*gone/bad_samples\.jsonl: No such file"):
+        report.share()
 
 
 def test_ranks_write_each_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

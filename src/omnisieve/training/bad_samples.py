@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from omnisieve.data.batch import BadSample, Batch, LoweredFps
 from omnisieve.training.distributed import Ranks
+from omnisieve.training.errors import writing
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 LOWERED_FPS_FILE = "lowered_fps.jsonl"
@@ -67,7 +68,11 @@ class SampleReport(Generic[Entry]):
                 self._pending.setdefault(entry.key, entry)
 
     def share(self) -> None:
-        """Write down what any rank has noted since the last time; all ranks call this, on the same step."""
+        """Write down what any rank has noted since the last time; all ranks call this, on the same step.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         known = self._known if self._known is not None else self._written()
         new: dict[tuple[str, ...], Entry] = {}
         for part in self._ranks.gather(list(self._pending.values())):
@@ -78,7 +83,7 @@ class SampleReport(Generic[Entry]):
         self._known = known | new.keys()
         if not new or not self._ranks.is_first:
             return
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing("the list of samples", self._path), self._path.open("a", encoding="utf-8") as file:
             for entry in new.values():
                 file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
                 tqdm.write(str(entry), file=sys.stderr)
