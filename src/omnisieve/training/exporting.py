@@ -36,7 +36,7 @@ def export(module: TrainingModule, folder: Path, config: TrainConfig, card: Mapp
         OutputError: it cannot be written.
     """
     first = ranks.is_first
-    weights = collect(dict(module.compressor.named_parameters()), keep=first)
+    weights = state_of(module.compressor, keep=first)
     llm = tuned_llm(module.adapter, config, keep=first)
     if first:
         also = None if llm is None else llm.save
@@ -46,12 +46,19 @@ def export(module: TrainingModule, folder: Path, config: TrainConfig, card: Mapp
     ranks.barrier()
 
 
+def state_of(compressor: Compressor, *, keep: bool) -> dict[str, Tensor]:
+    """Its whole parameters and this rank's buffers on the host; see `collect`."""
+    parameters = collect(dict(compressor.named_parameters()), keep=keep)
+    buffers = {name: value for name, value in compressor.state_dict().items() if name not in parameters}
+    return {**parameters, **buffers} if keep else {}
+
+
 def whole(compressor: Compressor, weights: Mapping[str, Tensor]) -> Compressor:
     """A compressor on the host with these weights, in float32: what trains may be spread, or bfloat16."""
     copy = build_compressor(
         compressor.name, hidden_size=getattr(compressor, "hidden_size", None), **asdict(compressor.settings)
     )
-    copy.load_state_dict({name: value.float() for name, value in weights.items()})
+    copy.load_state_dict(weights)
     return copy
 
 
