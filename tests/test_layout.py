@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,3 +215,14 @@ def test_uploads_are_made_once() -> None:
     assert layout.segments("window", Modality.VIDEO) is layout.segments("window", Modality.VIDEO)
     assert layout.mask(Modality.VIDEO) is layout.mask(Modality.VIDEO)
     assert layout.to("meta").mask(Modality.VIDEO).is_meta
+
+
+@many
+@given(batches, sides, st.integers(0, 3))
+def test_noise_of_a_sample_depends_on_nothing_else(samples, side, seed):
+    names = [f"clip {i}" for i in range(len(samples))]
+    together = replace(make_layout(*samples, padding_side=side), names=tuple(names))
+    for row, (name, sample) in enumerate(zip(names, samples, strict=True)):
+        alone = replace(make_layout(sample), names=(name,)).noise(seed)
+        assert torch.equal(together.noise(seed)[row][together.modality[row] > 0], alone[0])
+    assert not torch.equal(together.noise(seed), together.noise(seed + 1))

@@ -12,11 +12,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from omnisieve.ops.estimators import token_noise
 from omnisieve.ops.segments import Segments as Segments
 from omnisieve.ops.segments import pack
 
@@ -139,6 +141,17 @@ class TokenLayout:
     def name_of(self, sample: int) -> str:
         """What a message calls a sample: its id, or else its index in the batch."""
         return self.names[sample] if self.names else str(sample)
+
+    def noise(self, seed: int) -> Tensor:
+        """A random number for each token, [B, S] float32 in [0, 1).
+
+        It depends on the seed, on the sample's id (without ids: its index) and on the token's place in the sample, but
+        not on what else is in the batch.
+        """
+        keys = np.array([crc32(f"{seed} {self.name_of(i)}".encode()) for i in range(self.batch_size)], dtype=np.uint64)
+        first = (self.modality != Modality.PADDING).argmax(axis=1)
+        places = (np.arange(self.length) - first[:, None]).astype(np.uint64)
+        return self._to_device(token_noise(keys[:, None], places))
 
     def counts(self, *modalities: Modality) -> np.ndarray:
         """Tokens per sample that belong to any of `modalities`, int64 [B]."""

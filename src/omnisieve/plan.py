@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.ops.budget import round_count
-from omnisieve.ops.estimators import sample_candidates
+from omnisieve.ops.topk import topk_mask
 
 PaddingSide = Literal["left", "right"]
 
@@ -97,15 +97,13 @@ class Plan:
         present = layout.counts(Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
         return self.exact and self.gate is None and self.merge is None and bool((self.kept == present).all())
 
-    def with_candidates(
-        self, layout: TokenLayout, share: float = 1.0, generator: torch.Generator | None = None
-    ) -> Plan:
+    def with_candidates(self, layout: TokenLayout, share: float = 1.0, seed: int = 0) -> Plan:
         """The same selection in the `masked` route.
 
         Args:
             layout: the layout the plan was made from.
             share: share of each sample's dropped tokens that stays as candidates; 1 keeps the whole sequence.
-            generator: for the choice of candidates.
+            seed: of their choice, which is uniform; it depends on nothing else but the sample, see `TokenLayout.noise`.
 
         Raises:
             ValueError: without gates there is nothing to teach; with merges the routes would differ in value.
@@ -117,7 +115,7 @@ class Plan:
         counts = round_count((total - self.kept) * share)
         if share < 1:
             counts_ = torch.from_numpy(counts).to(dropped.device, non_blocking=True)
-            dropped = sample_candidates(dropped, counts_, generator)
+            dropped = topk_mask(layout.noise(seed), dropped, counts_)
         return replace(self, candidates=dropped, candidate_counts=counts)
 
     def apply(

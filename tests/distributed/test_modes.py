@@ -35,6 +35,7 @@ EPOCH = len(CLIPS) // 2  # steps, of two clips each
 # The same eight clips in one step.
 SPREADS = {1: {"batch of 8": (8, 1), "8 accumulations": (1, 8)}, 2: {"4 each": (4, 1), "2 x 2 each": (2, 2)}}
 
+SHARES = (1.0, 0.5)  # of dropped tokens that stay as candidates
 VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"gradient_checkpointing": True},
     "distilled": {"distill_weight": 0.5},
@@ -85,8 +86,10 @@ def job(ranks: Ranks, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for mode, (name, (size, accumulate)) in product(MODES, SPREADS[ranks.world_size].items()):
         spread = {"micro_batch_size": size, "gradient_accumulation_steps": accumulate}
-        trainer = run(ranks, folder / f"{mode} {name}", mode, 2, max_steps=1, max_grad_norm=1e9, **spread)
-        found[mode, name] = first_moments(trainer)
+        for candidates in SHARES:
+            options = {**spread, "estimator": EstimatorSection("masked", candidates), "max_grad_norm": 1e9}
+            trainer = run(ranks, folder / f"{mode} {name} {candidates}", mode, 2, max_steps=1, **options)
+            found[mode, name, candidates] = first_moments(trainer)
     if ranks.world_size == 1:
         return found
     for mode, stage in product(MODES, STAGES):
@@ -125,15 +128,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, l
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradient_does_not_depend_on_how_clips_are_spread(results, mode: str):
-    reference = gradient(results[1][1], (mode, "batch of 8"))
+@pytest.mark.parametrize("candidates", SHARES)
+def test_gradient_does_not_depend_on_how_clips_are_spread(results, mode: str, candidates: float):
+    reference = gradient(results[1][1], (mode, "batch of 8", candidates))
     for size, spreads in SPREADS.items():
         for name in spreads:
-            error = gradient(results[size][1], (mode, name)) - reference
+            error = gradient(results[size][1], (mode, name, candidates)) - reference
             assert error.norm() < 1e-4 * reference.norm(), name
 
 
-def gradient(ranks: list[dict[Any, Any]], key: tuple[str, str]) -> Tensor:
+def gradient(ranks: list[dict[Any, Any]], key: tuple[str, str, float]) -> Tensor:
     """The whole gradient of a first step, from all ranks' shards; zeros of alignment cut off."""
     groups = [torch.cat(shards) for shards in zip(*(rank[key] for rank in ranks), strict=True)]
     return torch.cat([group[: int(group.nonzero().max()) + 1] for group in groups]) / 0.1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from omnisieve.ops.clustering import best_of_group, density_peaks, isolation, uniqueness
 from omnisieve.ops.diversity import maxmin_mask, maxmin_order
-from omnisieve.ops.estimators import sample_candidates, straight_through
+from omnisieve.ops.estimators import straight_through, token_noise
 from omnisieve.ops.merge import merge_into_anchors, spaced_anchors
 from omnisieve.ops.similarity import cosine, cosine_to_mean, segment_mean
 from omnisieve.ops.topk import topk_mask
@@ -227,9 +227,21 @@ def test_gate_has_the_mask_s_value_and_the_score_s_gradient() -> None:
 
 
 def test_candidates_are_sampled_among_the_dropped() -> None:
-    dropped = torch.tensor([[True, False] * 10, [True] * 3 + [False] * 17])
-    counts = torch.tensor([4, 2])
-    draws = torch.stack([sample_candidates(dropped, counts, torch.Generator().manual_seed(seed)) for seed in range(50)])
-    assert (draws.sum(-1) == counts).all()
+    dropped = torch.tensor([True, False] * 10)
+    places = np.arange(20, dtype=np.uint64)
+    noise = torch.from_numpy(token_noise(np.arange(50, dtype=np.uint64)[:, None], places))
+    draws = topk_mask(noise, dropped.expand(50, -1), torch.full((50,), 4))
+    assert (draws.sum(-1) == 4).all()
     assert not (draws & ~dropped).any()
     assert torch.equal(draws.any(0), dropped)
+
+
+def test_noise_is_uniform_and_knows_no_neighbours() -> None:
+    noise = token_noise(np.arange(200, dtype=np.uint64)[:, None], np.arange(500, dtype=np.uint64))
+    share, _ = np.histogram(noise, bins=20, range=(0, 1))
+    assert abs(share / noise.size - 0.05).max() < 0.003  # four standard deviations
+    for axis in (0, 1):
+        pairs = np.corrcoef(noise.take(range(199), axis).ravel(), noise.take(range(1, 200), axis).ravel())
+        assert abs(pairs[0, 1]) < 0.02
+    assert noise.min() >= 0
+    assert noise.max() < 1

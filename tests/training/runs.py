@@ -132,7 +132,8 @@ class Loader:
         )
         batch = make_batch(self._backbone, [CLIPS[clip] for clip in clips])
         batch = with_features(batch, Features.join([self._features[clip] for clip in clips]))
-        return replace(batch, ids=tuple(f"clip {clip}" for clip in clips), failures=failures)
+        names = tuple(f"clip {clip}" for clip in clips)
+        return replace(batch, ids=names, layout=replace(batch.layout, names=names), failures=failures)
 
     def _readable(self, clip: int) -> int:
         tries = (substitute(clip, attempt, len(CLIPS)) for attempt in count())

@@ -39,6 +39,5 @@ def test_ratios_are_a_function_of_seed_and_step_within_bounds():
     assert drawn != [draw_ratio(4, step, 0.15, 0.5) for step in range(200)]
 
 
-def test_seeds_of_forwards_differ():
-    seeds = {draw_seed(0, step, micro, rank) for step in range(5) for micro in range(3) for rank in range(2)}
-    assert len(seeds) == 30
+def test_seeds_of_steps_differ():
+    assert len({draw_seed(seed, step) for seed in range(5) for step in range(6)}) == 30

@@ -16,7 +16,6 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from omnisieve.backbones.adapter import Adapter, BackboneError, adapter_for, arrange
@@ -47,7 +46,7 @@ class Attachment:
         compressor: what plans, for the model's depth; may be exchanged between forwards, e.g. for
             `compressor.at(retained_ratio=...)`.
         estimator: the gradient route; used only where the compressor's plan has gates.
-        generator: for sampled candidates.
+        seed: of sampled candidates.
         last_plan, last_layout: of the latest prompt or training forward.
         targets: [N] answer tokens, row by row with the logits of the latest forward that was given labels.
     """
@@ -58,7 +57,7 @@ class Attachment:
         self.adapter = adapter
         self.compressor = compressor
         self.estimator = estimator
-        self.generator: torch.Generator | None = None
+        self.seed = 0
         self.last_plan: Plan | None = None
         self.last_layout: TokenLayout | None = None
         self.targets: Tensor | None = None
@@ -237,7 +236,7 @@ class Attachment:
         needs = {need: self._need(need, layout, given or {}) for need in self.compressor.needs}
         plan = self.compressor.plan(embeds, layout, needs)
         if self.estimator.route == "masked" and plan.gate is not None:
-            plan = plan.with_candidates(layout, self.estimator.candidates, self.generator)
+            plan = plan.with_candidates(layout, self.estimator.candidates, self.seed)
         return plan
 
     def _need(self, need: Need, layout: TokenLayout, given: Mapping[Need, Tensor]) -> Tensor:

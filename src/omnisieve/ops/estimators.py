@@ -1,11 +1,9 @@
-"""Straight-through gradients for hard selections."""
+"""Straight-through gradients for hard selections, and the noise that samples what else they teach."""
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from torch import Tensor
-
-from omnisieve.ops.topk import topk_mask
 
 
 def straight_through(mask: Tensor, scores: Tensor) -> Tensor:
@@ -21,16 +19,18 @@ def straight_through(mask: Tensor, scores: Tensor) -> Tensor:
     return (mask.to(scores.dtype) - scores).detach() + scores
 
 
-def sample_candidates(dropped: Tensor, counts: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Choose `counts` of the dropped tokens of each sample uniformly.
+def token_noise(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Numbers that look random, each a pure function of its key and its place.
 
     Args:
-        dropped: [B, S] bool.
-        counts: [B] long, at most the number of dropped tokens.
-        generator: a CPU one, so that the choice is the same on every device.
+        keys: uint64, broadcast against `places`.
+        places: uint64.
 
     Returns:
-        [B, S] bool.
+        float32 in [0, 1): the upper bits of what SplitMix64 (Steele et al., OOPSLA 2014) makes of both.
     """
-    noise = torch.rand(dropped.shape, generator=generator, device="cpu").to(dropped.device, non_blocking=True)
-    return topk_mask(noise, dropped, counts)
+    x = keys * np.uint64(0xD1342543DE82EF95) + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(40)).astype(np.float32) / np.float32(2**24)

@@ -133,7 +133,7 @@ class TrainingModule(nn.Module):
         if warm_start:
             return self._warm_start(attachment, compressor, batch, features, scale)
         attachment.compressor = compressor
-        attachment.generator = torch.Generator().manual_seed(seed)
+        attachment.seed = seed
         # The full forward comes first: between the compressed one and its backward there must be no other.
         teacher = self._teacher(attachment, batch, features) if self._distill_weight else None
         logits = self._logits(attachment, batch, features)

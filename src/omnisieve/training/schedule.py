@@ -24,6 +24,6 @@ def draw_ratio(seed: int, step: int, low: float, high: float) -> float:
     return float(np.random.default_rng([seed, step]).uniform(low, high))
 
 
-def draw_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """Seed of what is random within one forward, such as the choice of candidates."""
-    return int(np.random.default_rng([seed, step, micro_step, rank]).integers(2**62))
+def draw_seed(seed: int, step: int) -> int:
+    """Seed of what is random for a sample in one step, such as the choice of candidates."""
+    return int(np.random.default_rng([seed, step]).integers(2**62))

@@ -185,7 +185,7 @@ class Trainer:
                 f"{self._config.data.train}, has an assistant turn"
             )
         scale = self._ranks.world_size / count
-        ratio = self._ratio()
+        ratio, seed = self._ratio(), draw_seed(self._train.seed, self.step)
         lockstep = self._lockstep.media(window)
         self._clock.lap("rank_wait")
         self.engine.train()
@@ -194,7 +194,6 @@ class Trainer:
             if micro_step:
                 self.engine.step()  # between micro-batches it only counts
             self._reports.note(batch)
-            seed = draw_seed(self._train.seed, self.step, micro_step, self._ranks.rank)
             placed = batch.to(self.engine.device)
             outputs = self.engine(placed, scale=scale, ratio=ratio, seed=seed, warm_start=warm, lockstep=media)
             self._clock.lap("forward")
