@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from omnisieve.files import publish
 from omnisieve.training.errors import writing
 from omnisieve.training.scores import EDGES, Distribution
 
@@ -40,12 +41,13 @@ class Tracker:
         self._images = directory / IMAGES_FOLDER
         self._picture_limit = picture_limit
         path = directory / METRICS_FILE
-        _drop_after(path, first_step)
-        for step, pictures in self._pictures().items():
-            if step > first_step:
-                _remove(pictures)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(directory / EVENTS_FOLDER), purge_step=first_step + 1)
+        with writing("the log", directory):
+            _drop_after(path, first_step)
+            for step, pictures in self._pictures().items():
+                if step > first_step:
+                    _remove(pictures)
+            self._file = path.open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(directory / EVENTS_FOLDER), purge_step=first_step + 1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record `scalars` after `step` optimiser steps."""
@@ -124,4 +126,6 @@ def _drop_after(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    shorter = path.with_name(f".{path.name}")
+    shorter.write_text("".join(kept), encoding="utf-8")
+    publish(shorter, path)
