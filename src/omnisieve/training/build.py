@@ -66,7 +66,10 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         teacher=make_teacher(config),
     )
     streams = open_streams(config.data, config.train, media, compressor.settings, ranks)
-    return Trainer(config, module, streams, ranks)
+    trainer = Trainer(config, module, streams, ranks)
+    # From here on ranks draw apart: what an adapter drops on one must not be what it drops on all.
+    torch.manual_seed(config.train.seed + 1 + ranks.rank)
+    return trainer
 
 
 def make_trainable(adapter: Adapter, llm: LlmSection) -> None:
