@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from omnisieve.compressors import Compressor, CompressorError, build_compressor,
 from omnisieve.compressors.ratios import RATIOS
 from omnisieve.files import flush, sha256
 from omnisieve.hub import fetch, is_repo_name, upload
+from omnisieve.model_card import model_card
 
 FORMAT = "omnisieve-compressor"
 FORMAT_VERSION = 1
@@ -90,7 +90,7 @@ def save_compressor(
             also(staging)
         elif compressor.tuned_llm is not None:
             _copy(compressor.tuned_llm, staging / LLM_FOLDER)
-        (staging / CARD_FILE).write_text(_card(read_config(staging), staging), encoding="utf-8")
+        (staging / CARD_FILE).write_text(_card_of(staging), encoding="utf-8")
         _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -235,6 +235,12 @@ def _write(compressor: Compressor, folder: Path, card: dict[str, Any]) -> None:
     (folder / WEIGHTS_FILE).chmod(0o644)
 
 
+def _card_of(folder: Path) -> str:
+    tuned = folder / LLM_FOLDER / LLM_CONFIG_FILE
+    llm = json.loads(tuned.read_text(encoding="utf-8")) if tuned.is_file() else None
+    return model_card(read_config(folder), llm)
+
+
 def _copy(source: Path, target: Path) -> None:
     """Copy a folder and compare what arrived."""
     shutil.copytree(source, target)
@@ -299,87 +305,3 @@ def _publish(staging: Path, target: Path) -> None:
 
 def _is_replaceable(target: Path) -> bool:
     return target.is_dir() and (is_artifact(target) or not any(target.iterdir()))
-
-
-_CARD = """\
----
-{header}---
-# {method}, a token compressor
-
-Decides which video and audio tokens an omni-modal LLM sees. It holds {parameters:,} parameters and none of
-the LLM's; it fits LLMs whose embeddings are {width} wide.{llm}
-
-```python
-from omnisieve import attach, load_compressor, prepare{imported}
-
-compressor = load_compressor(SOURCE)  # this folder, or OWNER/NAME on the hub; retained_ratio=0.35 sets another ratio
-{before}with {context}attach(model, compressor.to(model.device)):
-    model.generate(**prepare(model, processor, "clip.mp4", "What is heard?"))
-```
-
-## Settings
-{settings}
-
-## Provenance
-{provenance}
-
-Written by omnisieve {version}.
-"""
-
-
-_LLM = """ It was trained together with the LLM {base}, and for no other:
-the folder `{folder}` holds {what}."""
-# What the usage of an export with a tuned LLM needs beside that of others.
-_USES = {
-    "lora": {
-        "what": "low-rank adapters, which `tuned_llm` puts on and off",
-        "imported": ", tuned_llm",
-        "context": "tuned_llm(model, SOURCE), ",
-        "before": "",
-    },
-    "full": {
-        "what": "its layers, embeddings and head, which `tune_llm` puts in for good",
-        "imported": ", tune_llm",
-        "context": "",
-        "before": "tune_llm(model, SOURCE)\n",
-    },
-}
-
-
-def _card(config: Mapping[str, Any], folder: Path) -> str:
-    provenance = config["provenance"]
-    return _CARD.format(
-        **_usage(folder / LLM_FOLDER / LLM_CONFIG_FILE),
-        header=yaml.safe_dump(_header(config["method"], provenance), sort_keys=False),
-        method=config["method"],
-        parameters=config["parameters"],
-        width=config["hidden_size"] or "any number of values",
-        settings=_table({k: v for k, v in config["settings"].items() if v is not None}),
-        provenance=_table(provenance) if provenance else "Not recorded.",
-        version=config["library_version"],
-    )
-
-
-def _usage(tuned: Path) -> dict[str, str]:
-    """What a card says of an LLM that was tuned, too."""
-    if not tuned.is_file():
-        return dict.fromkeys(("llm", "imported", "context", "before"), "")
-    llm = json.loads(tuned.read_text(encoding="utf-8"))
-    uses = _USES[llm["mode"]]
-    return {**uses, "llm": _LLM.format(base=llm["base"], folder=LLM_FOLDER, what=uses["what"])}
-
-
-def _header(method: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What the hub reads of a card. Its base model is a repository; a backbone in a folder has no name there."""
-    header: dict[str, Any] = {"library_name": "omnisieve", "tags": ["omnisieve", "token-compression", method]}
-    backbone = provenance.get("backbone")
-    if isinstance(backbone, str) and is_repo_name(backbone):
-        header["base_model"] = backbone
-    if "license" in provenance:
-        header["license"] = provenance["license"]
-    return header
-
-
-def _table(values: Mapping[str, Any]) -> str:
-    rows = (f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items())
-    return "\n".join(["| name | value |", "|---|---|", *rows])

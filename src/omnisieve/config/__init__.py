@@ -4,10 +4,10 @@ A key that does not exist, a value of the wrong type and a missing value are err
 the cure. `schema` holds what can be configured, `reading` how it is read.
 """
 
+from omnisieve.config.keys import ConfigError
 from omnisieve.config.reading import check_fields, describe, load_config, read_config, read_yaml, save_config, to_yaml
 from omnisieve.config.schema import (
     AudioSection,
-    ConfigError,
     DataSection,
     EstimatorSection,
     EvalConfig,

@@ -15,7 +15,8 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from omnisieve.config.schema import ConfigError, EvalConfig, TrainConfig
+from omnisieve.config.keys import ConfigError
+from omnisieve.config.schema import EvalConfig, TrainConfig
 
 Config = TypeVar("Config")
 _PROGRAMS = {TrainConfig: "train.py", EvalConfig: "eval.py"}

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from omegaconf import MISSING
 
-
-class ConfigError(ValueError):
-    """A configuration cannot be used; the message says where, which key, and how to cure it."""
-
-
-def option(default: Any, text: str) -> Any:
-    """Declare a configuration key: its default (`MISSING`: must be given) and what it does or costs."""
-    if isinstance(default, list | dict):
-        return field(default_factory=default.copy, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-def section(kind: type) -> Any:
-    """Declare a group of keys."""
-    return field(default_factory=kind)
+from omnisieve.config.keys import ConfigError, in_unit_interval, not_negative, option, positive, require, section
 
 
 @dataclass
 class ModelSection:
-    """The LLM, frozen, as a stock transformers checkpoint."""
+    """The LLM with its encoders, as a stock transformers checkpoint."""
 
     path: str = option(MISSING, "local folder or hub name of the checkpoint")
     dtype: Literal["bfloat16", "float32"] = option(
-        "bfloat16", "of the frozen LLM; bfloat16 halves memory, but is slower than float32 on most CPUs"
+        "bfloat16", "of the weights as they are loaded; bfloat16 halves memory, but is slower than float32 on most CPUs"
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
         "sdpa",
@@ -72,9 +57,9 @@ class MediaSection:
     )
 
     def __post_init__(self) -> None:
-        _positive("data", self, "fps", "max_frames", "min_pixels", "max_pixels", "decode_seconds")
-        _positive("data.audio", self.audio, "max_seconds")
-        _not_negative("data", self, "workers")
+        positive("data", self, "fps", "max_frames", "min_pixels", "max_pixels", "decode_seconds")
+        positive("data.audio", self.audio, "max_seconds")
+        not_negative("data", self, "workers")
         if self.min_pixels > self.max_pixels:
             raise ConfigError(f"data.min_pixels {self.min_pixels} is above data.max_pixels {self.max_pixels}")
 
@@ -99,9 +84,9 @@ class DataSection(MediaSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _not_negative("data", self, "recycle_after")
+        not_negative("data", self, "recycle_after")
         if self.max_tokens is not None:
-            _positive("data", self, "max_tokens")
+            positive("data", self, "max_tokens")
         if self.too_long == "lower_fps" and self.max_tokens is not None and self.feature_cache is not None:
             raise ConfigError(
                 "data.too_long is lower_fps, but the frame rate of what is in data.feature_cache is fixed: choose "
@@ -124,9 +109,9 @@ class EstimatorSection:
     )
 
     def __post_init__(self) -> None:
-        _in_unit_interval("train.estimator", self, "candidates")
+        in_unit_interval("train.estimator", self, "candidates")
         if self.gate_clip is not None:
-            _positive("train.estimator", self, "gate_clip")
+            positive("train.estimator", self, "gate_clip")
 
 
 @dataclass
@@ -155,7 +140,7 @@ class WarmStartSection:
     settings: dict[str, Any] = option({}, "fields of that method; what it keeps, and so its ratio, does not matter")
 
     def __post_init__(self) -> None:
-        _not_negative("train.warm_start", self, "steps")
+        not_negative("train.warm_start", self, "steps")
 
 
 @dataclass
@@ -171,8 +156,8 @@ class LoraSection:
     )
 
     def __post_init__(self) -> None:
-        _positive("train.llm.lora", self, "rank", "alpha")
-        _require("train.llm.lora", self, ("dropout",), lambda value: 0 <= value < 1, "must lie in [0, 1)")
+        positive("train.llm.lora", self, "rank", "alpha")
+        require("train.llm.lora", self, ("dropout",), lambda value: 0 <= value < 1, "must lie in [0, 1)")
         if not self.targets:
             raise ConfigError("train.llm.lora.targets is empty; name at least one module, such as q_proj")
 
@@ -190,7 +175,7 @@ class LlmSection:
     lora: LoraSection = section(LoraSection)
 
     def __post_init__(self) -> None:
-        _positive("train.llm", self, "lr")
+        positive("train.llm", self, "lr")
 
 
 @dataclass
@@ -273,13 +258,13 @@ class TrainSection:
     warm_start: WarmStartSection = section(WarmStartSection)
 
     def __post_init__(self) -> None:
-        _positive("train", self, "micro_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm")
-        _positive("train", self, "max_steps", "max_bad_steps", "log_every", "save_total_limit")
-        _not_negative("train", self, "weight_decay", "distill_weight", "eval_every", "save_every", "watchdog_seconds")
-        _not_negative("train", self, "histogram_every", "probe_clips", "picture_limit")
-        _in_unit_interval("train", self, "warmup_ratio", "min_lr_ratio")
+        positive("train", self, "micro_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm")
+        positive("train", self, "max_steps", "max_bad_steps", "log_every", "save_total_limit")
+        not_negative("train", self, "weight_decay", "distill_weight", "eval_every", "save_every", "watchdog_seconds")
+        not_negative("train", self, "histogram_every", "probe_clips", "picture_limit")
+        in_unit_interval("train", self, "warmup_ratio", "min_lr_ratio")
         if self.stop_at is not None:
-            _positive("train", self, "stop_at")
+            positive("train", self, "stop_at")
         if self.max_steps != MISSING and self.warm_start.steps > self.max_steps:
             raise ConfigError(
                 f"train.warm_start.steps {self.warm_start.steps} is above train.max_steps {self.max_steps}, of which "
@@ -348,8 +333,8 @@ class EvalConfig:
     output_dir: str = option(MISSING, "report.json, the table and the resolved config go here")
 
     def __post_init__(self) -> None:
-        _positive("", self, "batch_size", "tokens_per_forward", "max_new_tokens", "bootstrap")
-        _positive("", self, *(name for name in ("limit", "questions_per_clip") if getattr(self, name) is not None))
+        positive("", self, "batch_size", "tokens_per_forward", "max_new_tokens", "bootstrap")
+        positive("", self, *(name for name in ("limit", "questions_per_clip") if getattr(self, name) is not None))
         if not self.methods:
             raise ConfigError("methods is empty; name at least one, for example methods=[full,random]")
         if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:
@@ -359,23 +344,3 @@ class EvalConfig:
     def entries(self) -> list[str]:
         """All methods to evaluate."""
         return [*self.methods, *self.also]
-
-
-def _positive(prefix: str, values: Any, *names: str) -> None:
-    _require(prefix, values, names, lambda value: value > 0, "must be above 0")
-
-
-def _not_negative(prefix: str, values: Any, *names: str) -> None:
-    _require(prefix, values, names, lambda value: value >= 0, "must not be negative")
-
-
-def _in_unit_interval(prefix: str, values: Any, *names: str) -> None:
-    _require(prefix, values, names, lambda value: 0 <= value <= 1, "must lie in [0, 1]")
-
-
-def _require(prefix: str, values: Any, names: Sequence[str], holds: Callable[[float], bool], rule: str) -> None:
-    for name in names:
-        value = getattr(values, name)
-        # A section's defaults are made before the file is read; what is then still missing is reported elsewhere.
-        if value != MISSING and not holds(value):
-            raise ConfigError(f"{prefix}{'.' if prefix else ''}{name} is {value}; it {rule}")
