@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,13 @@ def start(command: Sequence[str], *, core: int | None = None, **environment: str
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     variables = {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     cores = sorted(os.sched_getaffinity(0))
+
+    def prepare() -> None:
+        # A shell lets what it runs in the background ignore SIGINT, and that would be inherited.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if core is not None:
+            os.sched_setaffinity(0, {cores[core % len(cores)]})
+
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -55,7 +61,7 @@ def start(command: Sequence[str], *, core: int | None = None, **environment: str
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=None if core is None else partial(os.sched_setaffinity, 0, {cores[core % len(cores)]}),
+        preexec_fn=prepare,
     )
 
 

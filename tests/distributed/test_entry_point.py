@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.data.stock import save_qwen3
-from tests.distributed.programs import arguments, assert_complete, finish, largest_difference, start, train, two_ranks
+from tests.distributed.programs import (
+    arguments,
+    assert_complete,
+    finish,
+    free_port,
+    largest_difference,
+    start,
+    train,
+    two_ranks,
+)
 
 
 def test_a_single_process_needs_no_launcher(clips: Path, tmp_path: Path):
@@ -60,7 +69,8 @@ def test_help_names_every_key_without_a_configuration():
     ids=["deepspeed", "torchrun"],
 )
 def test_launchers(clips: Path, tmp_path: Path, launcher: tuple[str, ...]):
-    command = [sys.executable, "-m", *launcher, "train.py", *arguments(clips, tmp_path / "run")]
+    port = f"--master_port={free_port()}"
+    command = [sys.executable, "-m", *launcher, port, "train.py", *arguments(clips, tmp_path / "run")]
     status, output = finish(start(command))
     assert status == 0, output
     assert_complete(tmp_path / "run", 2)

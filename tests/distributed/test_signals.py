@@ -18,6 +18,7 @@ from tests.distributed.programs import (
     arguments,
     family,
     finish,
+    free_port,
     largest_difference,
     last_checkpoint,
     last_logged,
@@ -111,7 +112,8 @@ def test_a_signal_to_the_launcher_leaves_a_checkpoint(
 ):
     """It may reach the ranks' decoding workers, too, whose samples the last step needs."""
     words = arguments(clips, tmp_path / "run", *ENDLESS, "data.workers=1")
-    process = start([sys.executable, "-m", *LAUNCHERS[launcher], "train.py", *words])
+    port = f"--master_port={free_port()}"
+    process = start([sys.executable, "-m", *LAUNCHERS[launcher], port, "train.py", *words])
     wait_for_step(tmp_path / "run", 1, process)
     processes = family(process)
     send(processes[0], number)

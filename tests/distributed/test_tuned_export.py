@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.programs import arguments, finish, start
+from tests.distributed.programs import arguments, finish, free_port, start
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def answers(clips: Path, output_dir: Path, methods: list[str], *overrides: str) 
 def test_adapters_apart_and_merged_answer_alike(clips: Path, tmp_path: Path):
     run, apart, merged = (tmp_path / name for name in ("run", "apart", "merged"))
     options = (*LORA, "train.zero_stage=3", "train.max_steps=4", "train.warmup_ratio=0")
-    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "train.py")
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", f"--master_port={free_port()}", "train.py")
     program(*launcher, *arguments(clips, run, *options))
     program("tools/export.py", run, apart, "--which", "last")
     said = program("tools/export.py", run, merged, "--which", "last", "--merge", "--dtype", "float32")
