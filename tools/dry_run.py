@@ -132,7 +132,8 @@ def memory(module: TrainingModule, batch: Batch, config: TrainConfig, device_gib
     """What a rank will need."""
     sizes = sizes_of(module, batch, config)
     return [
-        f"Memory of a rank in GiB, estimated for forwards of {sizes.tokens:,} tokens in the LLM:",
+        f"Memory of a rank in GiB, estimated for forwards of {sizes.tokens:,} tokens in the LLM (what is kept, and the "
+        f"candidates of the masked route), on GPUs of {device_gib:.0f} GiB (--device-gib):",
         *table(config, sizes, RANKS, int(device_gib * 2**30)),
     ]
 

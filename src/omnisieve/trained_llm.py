@@ -209,7 +209,8 @@ def save_tuned_model(
     note("merging its adapters" if tuned.lora is not None else "putting in its layers, embeddings and head")
     apply_tuned(model, tuned)
     expected = _digests(model)
-    note(f"writing {sum(parameter.numel() for parameter in model.parameters()) / 1e9:.3g} billion parameters")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    note(f"writing {size / 1e9:.3g} billion parameters in {model.dtype}")
     model.save_pretrained(folder, max_shard_size=_SHARD)
     processor.save_pretrained(folder)
     del model

@@ -108,7 +108,8 @@ class FeatureCache:
         if key not in self._entries:
             raise FeatureCacheError(
                 f"{part.path} is not in the feature cache {self.folder} ({len(self)} files), or was changed since; "
-                "cache the manifest again with tools/cache_features.py"
+                "run tools/cache_features.py with this configuration again, which adds what is missing, or read the "
+                "files themselves with data.feature_cache=null"
             )
         entry = self._entries[key]
         places = entry["tensors"].items()

@@ -171,7 +171,8 @@ def parse_line(text: str, path: Path, line: int) -> Conversation:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ManifestError(f"{path}, line {line}: no valid JSON ({error})") from error
+        hint = "; one JSON list is converted by tools/convert_data.py" if text.lstrip()[:1] == "[" else ""
+        raise ManifestError(f"{path}, line {line}: no valid JSON ({error}){hint}") from error
     if not isinstance(row, dict):
         raise ManifestError(f"{path}, line {line}: a JSON object is needed, this is a {type(row).__name__}")
     messages = row.get("messages")

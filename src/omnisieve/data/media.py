@@ -63,7 +63,7 @@ _CURES = {
     "missing": "check the path in the manifest; relative paths are relative to the manifest's folder",
     "empty": "copy or download the file again",
     "not_media": "point to the media file itself; the suffix does not matter, the content does",
-    "truncated": "copy or download the file again; to accept what is there: ffmpeg -i IN -c copy OUT",
+    "truncated": "copy or download the file again",
     "corrupt": "re-encode it (ffmpeg -i IN OUT.mp4) or take it out of the manifest",
     "no_stream": "use a file that has such a stream, or give this one as another type of media part",
     "timeout": "raise decode_seconds, lower fps or max_frames, or re-encode the file",

@@ -209,7 +209,10 @@ def _named(folder: Path, resume: str) -> Path | None:
     if resume != "auto":
         path = Path(resume)
         if not (path / MANIFEST_FILE).is_file():
-            raise CheckpointError(f"train.resume: {path} is no checkpoint; name a folder checkpoint-STEP")
+            there = ", ".join(str(found) for found in sorted(folder.glob("checkpoint-*"))) or "none"
+            raise CheckpointError(
+                f"train.resume: {path.absolute()} is no checkpoint; give the path of one (this run has {there})"
+            )
         return path
     latest = folder / LATEST_FILE
     if not latest.is_file():

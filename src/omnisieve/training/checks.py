@@ -8,6 +8,7 @@ from pathlib import Path
 from omnisieve.backbones.loading import hidden_size_of
 from omnisieve.backbones.media import check_media
 from omnisieve.config import TrainConfig
+from omnisieve.data.manifest import Manifest
 from omnisieve.training.build import make_compressor
 from omnisieve.training.checkpoint import find_checkpoint
 from omnisieve.training.errors import writing
@@ -24,6 +25,9 @@ def check_run(config: TrainConfig) -> None:
         CheckpointError: the checkpoint to resume from is not there, or the run's folder holds another run.
         OutputError: the run's folder cannot be written.
     """
+    for path in (config.data.train, config.data.val):
+        if path is not None and not Path(path).is_file():
+            Manifest(path)  # says so, before a hub is asked for the model
     make_compressor(config, hidden_size_of(config.model.path))
     check_media(config.model.path, config.data)
     find_checkpoint(Path(config.output_dir), config.train.resume)

@@ -44,7 +44,8 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> str:
         f"trainable         {sizes.trainable:>14,} parameters",
         f"frozen            {sizes.frozen:>14,} parameters",
         "",
-        f"Memory of a rank in GiB, estimated for forwards of {sizes.tokens:,} tokens in the LLM, the longest one here:",
+        f"Memory of a rank in GiB, estimated for forwards of {sizes.tokens:,} tokens in the LLM, the longest one here",
+        "(what is kept, and the candidates of the masked route):",
         *table(config, sizes, RANKS, device_bytes(device)),
     ]
     if device.type != "cpu":
