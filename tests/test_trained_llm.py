@@ -215,7 +215,10 @@ def test_another_llm_of_the_same_shape_is_refused(family: str, tmp_path: Path) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_precision_makes_no_other_llm(family: str, tmp_path: Path) -> None:
     folder, _ = export_tuned(tmp_path / "out", family=family)
-    tune_llm(tiny_thinker(family=family).to(torch.bfloat16), folder)
+    model = tiny_thinker(family=family).to(torch.bfloat16)
+    stock = logits(model)
+    tune_llm(model, folder)
+    assert not torch.equal(logits(model), stock)
 
 
 def test_weights_that_are_not_finite_are_not_merged(tmp_path: Path) -> None:

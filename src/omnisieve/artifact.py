@@ -15,10 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from omnisieve import __version__
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
@@ -26,6 +24,7 @@ from omnisieve.compressors.ratios import RATIOS
 from omnisieve.files import flush, sha256
 from omnisieve.hub import fetch, is_repo_name, upload
 from omnisieve.model_card import model_card
+from omnisieve.ops.tensors import misfits, same
 
 FORMAT = "omnisieve-compressor"
 FORMAT_VERSION = 1
@@ -180,11 +179,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise ArtifactError(f"{directory} is no exported compressor: {_what_else(Path(directory))}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}); export the compressor again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(path)
+    if config.get("format") != FORMAT:
         raise ArtifactError(f"{path} does not describe an exported compressor (its format is not {FORMAT!r})")
     if config.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
@@ -199,6 +195,19 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     except CompressorError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an export; an empty one if it holds something else.
+
+    Raises:
+        ArtifactError: it is no JSON.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); export the compressor again") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _what_else(directory: Path) -> str:
@@ -258,29 +267,12 @@ def _load_weights(compressor: Compressor, path: Path, expected_hash: str) -> Non
         weights = load_file(path)
     except SafetensorError as error:
         raise ArtifactError(f"{path} is no safetensors file ({error})") from error
-    if problems := misfits(weights, compressor.state_dict()):
+    if problems := misfits(weights, {name: value.shape for name, value in compressor.state_dict().items()}):
         raise ArtifactError(f"{path} does not fit {compressor.name} so set: {'; '.join(problems)}")
     compressor.load_state_dict(weights, assign=True)
 
 
-def misfits(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps weights from taking the place of the expected ones, by name; empty if nothing does."""
-    problems = [f"missing: {name}" for name in expected if name not in weights]
-    problems += [f"left over: {name}" for name in weights if name not in expected]
-    problems += [
-        f"shape of {name}: {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    return problems
-
-
 def _compare(written: Compressor, read: Compressor, folder: Path) -> None:
-    def same(one: Tensor, other: Tensor) -> bool:
-        # Compared as bytes, so that a NaN equals itself.
-        raw = [t.detach().cpu().reshape(-1).view(torch.uint8) for t in (one, other)]
-        return one.dtype == other.dtype and torch.equal(*raw)
-
     ours, theirs = written.state_dict(), read.state_dict()
     differing = [name for name in ours if not same(ours[name], theirs[name])]
     if differing or written.settings != read.settings:

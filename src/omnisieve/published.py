@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omnisieve.artifact import ArtifactError, misfits
+from omnisieve.artifact import ArtifactError
 from omnisieve.compressors import Compressor, build_compressor, find_preset
 from omnisieve.compressors.omnisift import OmniSift
+from omnisieve.ops.tensors import misfits
 
 PREFIX = "thinker.compressor."
 OMNISIFT_PRESET = "omnisift/7b/code"
@@ -56,7 +57,7 @@ def import_omnisift(checkpoint: str | Path, preset: str = OMNISIFT_PRESET, **set
     compressor = build_compressor("omnisift", hidden_size=_hidden_size(weights, path), **values)
     assert isinstance(compressor, OmniSift)  # its name says so
     expected = {PREFIX + name: value for name, value in compressor.selector.state_dict().items()}
-    if problems := misfits(weights, expected):
+    if problems := misfits(weights, {name: value.shape for name, value in expected.items()}):
         raise ArtifactError(f"{path} does not hold the published selector: {'; '.join(problems)}")
     precisions = {value.dtype for value in weights.values()}
     if len(precisions) > 1 or not precisions.pop().is_floating_point:

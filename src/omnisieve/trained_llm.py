@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from omnisieve.artifact import LLM_CONFIG_FILE, LLM_FOLDER, ArtifactError, locate, read_config
+from omnisieve.artifact import LLM_CONFIG_FILE, LLM_FOLDER, ArtifactError, locate, read_config, read_json
 from omnisieve.backbones import Adapter, BackboneError, adapter_for
 from omnisieve.backbones.loading import Precision, load_backbone
 from omnisieve.backbones.media import load_processor
@@ -34,6 +34,7 @@ from omnisieve.backbones.tuning import (
 )
 from omnisieve.config import ConfigError, LoraSection
 from omnisieve.files import sha256
+from omnisieve.ops.tensors import as_bytes, same
 
 WEIGHTS_FILE = "tuned_llm.safetensors"
 FORMAT_VERSION = 1
@@ -91,7 +92,7 @@ class TunedLlm:
         }
         (folder / LLM_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         read = load_file(folder / WEIGHTS_FILE)
-        different = [name for name, value in self.tensors.items() if not _same(value, read.get(name))]
+        different = [name for name, value in self.tensors.items() if name not in read or not same(value, read[name])]
         if different or read.keys() != self.tensors.keys():
             raise ArtifactError(f"{folder}: what was written reads back differently: {different or 'names'}")
 
@@ -228,7 +229,7 @@ def _precision(tuned: TunedLlm) -> Precision:
 def _digests(model: nn.Module) -> dict[str, tuple[str, str]]:
     """What tells the weights of two models apart, of which only one is in memory."""
     return {
-        name: (f"{value.dtype} {tuple(value.shape)}", hashlib.sha256(_bytes(value).numpy().data).hexdigest())
+        name: (f"{value.dtype} {tuple(value.shape)}", hashlib.sha256(as_bytes(value).numpy().data).hexdigest())
         for name, value in model.state_dict().items()
     }
 
@@ -283,28 +284,11 @@ def lora_of(export: str | Path) -> LoraSection:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}); export again") from error
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+    config = read_json(path)
+    if config.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(f"{path} does not describe a tuned LLM in format version {FORMAT_VERSION}")
     try:
         lora = None if config["mode"] == "full" else LoraSection(**config["lora"])
         return {name: config[name] for name in ("mode", "base", "fingerprint", "weights_sha256")} | {"lora": lora}
     except (KeyError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{path} does not describe a tuned LLM ({error!r}); export again") from error
-
-
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    # Compared as bytes, so that a NaN equals itself.
-    return (
-        other is not None
-        and one.dtype == other.dtype
-        and one.shape == other.shape
-        and torch.equal(_bytes(one), _bytes(other))
-    )
-
-
-def _bytes(value: Tensor) -> Tensor:
-    return value.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -210,7 +210,10 @@ def test_an_llm_that_cannot_go_on_is_refused_with_the_cure(exported: Any, llm: L
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_an_export_beside_a_frozen_llm_starts_any(mode: Any, tmp_path: Path):
     fields = {name: value for name, value in OMNISIFT.items() if name != "method"}
-    folder = save_compressor(build_compressor("omnisift", hidden_size=HIDDEN, **fields), tmp_path / "out")
+    exported = build_compressor("omnisift", hidden_size=HIDDEN, **fields)
+    folder = save_compressor(exported, tmp_path / "out")
     config = make_config(tmp_path, init_from=str(folder), llm=LlmSection(mode))
-    make_compressor(config, HIDDEN)
-    start_llm(adapter_for(tiny_thinker()), config)
+    torch.testing.assert_close(make_compressor(config, HIDDEN).state_dict(), exported.state_dict(), rtol=0, atol=0)
+    thinker, stock = tiny_thinker(), tiny_thinker()
+    start_llm(adapter_for(thinker), config)
+    torch.testing.assert_close(thinker.state_dict(), stock.state_dict(), rtol=0, atol=0)

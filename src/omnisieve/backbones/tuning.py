@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from omnisieve.backbones.adapter import Adapter, BackboneError
 from omnisieve.backbones.loading import shape_of, whole
 from omnisieve.config import LoraSection
+from omnisieve.ops.tensors import misfits
 
 _ADAPTER = "default"
 # Values of each tensor that enter a fingerprint.
@@ -171,13 +172,7 @@ def load_trained(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, T
     Raises:
         BackboneError: a tensor is missing, left over or of another shape; names them.
     """
-    problems = [f"missing: {name}" for name in parameters if name not in tensors]
-    problems += [f"left over: {name}" for name in tensors if name not in parameters]
-    problems += [
-        f"shape of {name}: {tuple(tensors[name].shape)} instead of {tuple(shape_of(parameters[name]))}"
-        for name in parameters
-        if name in tensors and tensors[name].shape != shape_of(parameters[name])
-    ]
+    problems = misfits(tensors, {name: shape_of(parameter) for name, parameter in parameters.items()})
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise BackboneError(f"the trained weights do not fit this LLM: {'; '.join(problems[:8])}{more}")
