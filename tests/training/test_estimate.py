@@ -63,7 +63,7 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, family: str, mode: 
     clips = [CLIPS[4], CLIPS[4]]
     need = estimate(config, sizes_of(module, make_batch(module.backbone, clips), config), 1)
     measured = saved_bytes(module, clips)
-    assert 0.6 < (need.activations + need.logits) / measured < 1.6
+    assert 0.6 < (need.activations + need.logits) / measured < 1.4
 
 
 def test_a_drawn_ratio_needs_what_its_highest_needs(tmp_path: Path):
