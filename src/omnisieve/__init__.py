@@ -1,14 +1,12 @@
 """Token compressors for omni-modal LLMs: train them, export them, compare them.
 
-from transformers import AutoProcessor
-
-from omnisieve import attach, load_backbone, load_compressor, prepare
+from omnisieve import attach, load_backbone, load_compressor, load_processor, prepare
 
 model = load_backbone("Qwen/Qwen2.5-Omni-7B", "bfloat16", device="cuda")
-processor = AutoProcessor.from_pretrained("Qwen/Qwen2.5-Omni-7B")
+processor = load_processor("Qwen/Qwen2.5-Omni-7B")
 inputs = prepare(model, processor, "clip.mp4", "What is heard?")
 with attach(model, load_compressor("my_compressor").to(model.device)):
-    ids = model.generate(**inputs, max_new_tokens=32)
+    ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)
 print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from omnisieve.artifact import load_compressor, push_compressor, save_compressor
     from omnisieve.backbones.attach import attach
     from omnisieve.backbones.loading import load_backbone
+    from omnisieve.backbones.media import load_processor
     from omnisieve.backbones.prepare import prepare
     from omnisieve.compressors import Compressor, build_compressor, list_compressors, list_presets
     from omnisieve.trained_llm import tune_llm, tuned_llm
@@ -35,6 +34,7 @@ __all__ = [
     "list_presets",
     "load_backbone",
     "load_compressor",
+    "load_processor",
     "prepare",
     "push_compressor",
     "save_compressor",
@@ -50,6 +50,7 @@ _HOMES = {
     "list_presets": "omnisieve.compressors",
     "load_backbone": "omnisieve.backbones",
     "load_compressor": "omnisieve.artifact",
+    "load_processor": "omnisieve.backbones.media",
     "prepare": "omnisieve.backbones.prepare",
     "push_compressor": "omnisieve.artifact",
     "save_compressor": "omnisieve.artifact",

@@ -22,7 +22,7 @@ from omnisieve import attach, load_compressor, prepare{imported}
 
 compressor = load_compressor(SOURCE)  # this folder, or OWNER/NAME on the hub; retained_ratio=0.35 sets another ratio
 {before}with {context}attach(model, compressor.to(model.device)):
-    model.generate(**prepare(model, processor, "clip.mp4", "What is heard?"))
+    model.generate(**prepare(model, processor, "clip.mp4", "What is heard?"), max_new_tokens=256, do_sample=False)
 ```
 
 ## Settings

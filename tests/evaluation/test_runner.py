@@ -25,7 +25,7 @@ from omnisieve.evaluation.methods import resolve_methods
 from omnisieve.evaluation.prompts import generate, make_prompts
 from omnisieve.evaluation.runner import Evaluation, Results
 from tests.evaluation.tiny import TinyBenchmark, tiny_clip
-from tests.models import FAMILIES, HIDDEN, PAD, family_of, tiny_thinker
+from tests.models import FAMILIES, HIDDEN, PAD, VOCABULARY, family_of, tiny_thinker
 from tests.trained import export_tuned
 
 TOKENS = 4
@@ -88,7 +88,9 @@ def test_prompts_without_compressor_are_the_stock_model(any_model: nn.Module) ->
     adapter, clip = adapter_for(any_model), three_clips(any_model)[1]
     prompts = list(make_prompts(adapter, [clip], pad_token_id=PAD))
     assert len(prompts) == 3  # three questions of three lengths
-    written = [generate(adapter, prompt, TOKENS)[0].tolist() for prompt in prompts]
+    written = [
+        generate(adapter, prompt, TOKENS, eos_token_id=VOCABULARY, pad_token_id=PAD)[0].tolist() for prompt in prompts
+    ]
     assert written == [from_raw_media(any_model, clip, q, 1.0) for q in range(3)]
     assert not adapter.lm_head._forward_pre_hooks
 

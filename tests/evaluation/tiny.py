@@ -70,6 +70,7 @@ class TinyBenchmark:
     clips: Sequence[Clip]
     name: str = "tiny"
     pad_token_id: int = PAD
+    eos_token_id: int = VOCABULARY  # none of its words, so that all answers are equally long
 
     def __len__(self) -> int:
         return len(self.clips)

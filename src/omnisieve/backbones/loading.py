@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +14,14 @@ from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from omnisieve.backbones.adapter import BackboneError
-from omnisieve.backbones.families import FAMILIES, Family, family_of
+from omnisieve.backbones.families import (
+    FAMILIES,
+    RELEASED_END_TOKENS,
+    RELEASED_PAD_TOKEN,
+    Family,
+    family_of,
+    uses_released_tokens,
+)
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
@@ -60,6 +68,9 @@ def load_backbone(
 ) -> Any:
     """The stock thinker, frozen and in eval mode.
 
+    A model with the released vocabulary ends its answers at the released end tokens, whatever its files say: of a
+    whole model's folder transformers reads an empty generation config for the thinker, which would never end.
+
     Args:
         path: folder or hub name of a thinker, or of a whole model, of which only the thinker is loaded.
         dtype: of the weights; "auto" is that in which they are stored. The rotary frequencies stay float32, which
@@ -77,7 +88,8 @@ def load_backbone(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     model: Any
     try:
-        model, found_weights = family.thinker.from_pretrained(str(path), output_loading_info=True, **options)
+        with without_token_warnings():
+            model, found_weights = family.thinker.from_pretrained(str(path), output_loading_info=True, **options)
     except ImportError as error:
         raise BackboneError(
             f"attn_implementation {attn_implementation!r} cannot be used: {error} Install it, or choose 'sdpa'"
@@ -85,9 +97,30 @@ def load_backbone(
     if missing := sorted(found_weights["missing_keys"]):
         # Only warned of by transformers, which makes them up.
         raise BackboneError(f"{path} lacks {len(missing)} weights, {missing[0]} for one: download it again")
+    if uses_released_tokens(model.config):
+        model.generation_config.eos_token_id = list(RELEASED_END_TOKENS)
+        model.generation_config.pad_token_id = RELEASED_PAD_TOKEN
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def without_token_warnings() -> Iterator[None]:
+    """Inside, transformers does not compare the text tokens of a whole model with the codes that its talker speaks.
+
+    It would warn of every token id that the talker's own small vocabulary does not have.
+    """
+    logger = logging.getLogger("transformers.configuration_utils")
+
+    def drop(record: logging.LogRecord) -> bool:
+        return "within the vocabulary" not in record.getMessage()
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def find_model(path: str | Path) -> Family:

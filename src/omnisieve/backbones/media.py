@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoProcessor, ProcessorMixin
 
 from omnisieve.backbones.adapter import Adapter, BackboneError
-from omnisieve.backbones.loading import whole
+from omnisieve.backbones.loading import whole, without_token_warnings
 from omnisieve.config import MediaSection
 from omnisieve.data.dataset import MediaLoader
 from omnisieve.data.feature_cache import FeatureCache
@@ -80,7 +80,8 @@ def load_processor(path: str | Path) -> ProcessorMixin:
         BackboneError: the folder holds none.
     """
     try:
-        return AutoProcessor.from_pretrained(str(path))
+        with without_token_warnings():
+            return AutoProcessor.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"{path} holds no processor ({error}); copy the processor's files beside the weights"

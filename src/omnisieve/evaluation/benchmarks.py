@@ -45,6 +45,7 @@ class Benchmark(Protocol):
 
     name: str
     pad_token_id: int
+    eos_token_id: int
 
     def __len__(self) -> int:
         """Number of clips."""
@@ -83,6 +84,7 @@ class ManifestBenchmark:
         self._questions_per_clip = questions_per_clip
         self._tokenizer = loader.preprocessor.tokenizer
         self.pad_token_id = int(self._tokenizer.pad_token_id)
+        self.eos_token_id = int(self._tokenizer.eos_token_id)
 
     def __len__(self) -> int:
         return len(self._conversations)

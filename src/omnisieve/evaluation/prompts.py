@@ -94,10 +94,23 @@ def _media_items(question: Sample) -> int:
     return int(question.tokens.item.max(initial=-1)) + 1
 
 
-def generate(adapter: Adapter, prompt: Prompt, max_new_tokens: int) -> Tensor:
-    """New token ids [B, <= max_new_tokens], greedily; rows that end early are filled with the padding id."""
+def generate(
+    adapter: Adapter, prompt: Prompt, max_new_tokens: int, *, eos_token_id: int, pad_token_id: int
+) -> Tensor:
+    """New token ids [B, <= max_new_tokens], greedily.
+
+    Args:
+        adapter: of the model.
+        prompt: to answer.
+        max_new_tokens: of an answer.
+        eos_token_id: of the tokenizer; it ends an answer, as do the end tokens that the model itself knows.
+        pad_token_id: of the tokenizer; fills rows that end early.
+    """
+    own = adapter.thinker.generation_config.eos_token_id
+    ends = {eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+    options = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends), "pad_token_id": pad_token_id}
     with _last_logits_only(adapter), adapter.deepstack(prompt.features, prompt.batch.layout):
-        written = adapter.thinker.generate(**_inputs(prompt), max_new_tokens=max_new_tokens, **_GREEDY)
+        written = adapter.thinker.generate(**_inputs(prompt), **options, **_GREEDY)
     return written[:, prompt.batch.input_ids.shape[1] :]
 
 

@@ -200,7 +200,13 @@ class Evaluation:
                 attach(self.adapter.thinker, compressor) as attachment,
             ):
                 attachment.expect(layout=prompt.batch.layout, needs=prompt.needs)
-                written = generate(self.adapter, prompt, self.max_new_tokens)
+                written = generate(
+                    self.adapter,
+                    prompt,
+                    self.max_new_tokens,
+                    eos_token_id=self.benchmark.eos_token_id,
+                    pad_token_id=self.benchmark.pad_token_id,
+                )
         except UnreachableRatioError as error:
             cell.unreachable = str(error)
             cell.answers.clear()

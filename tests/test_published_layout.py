@@ -1,0 +1,159 @@
+"""Released folders go all the way: prepare, attach, generate, train, export, merge, evaluate; every answer ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from tools import export
+
+from omnisieve import attach, load_backbone, load_compressor, load_processor, prepare, tuned_llm
+from omnisieve.config import EvalConfig
+from omnisieve.data.synthetic import manifest_text, write_clip
+from omnisieve.evaluation.evaluate import evaluate
+from tests.distributed.programs import train
+from tests.models import FAMILIES, QWEN2_5
+from tests.published_layout import (
+    ANSWER,
+    END_OF_TEXT,
+    MESSAGE_END,
+    RELEASES,
+    GenerationConfig,
+    chat_template,
+    save_release,
+)
+
+LIMIT = 12
+KINDS = get_args(GenerationConfig)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips with their first two questions, the answer to which is what the models here say."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "videos").mkdir()
+    for index in range(2):
+        write_clip(("a", "val", index, str(folder / "videos")))
+    lines = [json.loads(line) for line in manifest_text("a", "val", 2).splitlines()]
+    for line in lines:
+        line["messages"] = line["messages"][:4]
+        for answer in line["messages"][1::2]:
+            answer["content"] = "bc"
+    (folder / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "val.jsonl"
+
+
+@pytest.fixture(scope="module")
+def clip(manifest: Path) -> Path:
+    return sorted((manifest.parent / "videos").iterdir())[0]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def run(request: pytest.FixtureRequest, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of two steps with adapters, by the real program, on a release without a generation config."""
+    folder = tmp_path_factory.mktemp("run")
+    model = save_release(folder / "release", request.param, generation_config="absent")
+    words = [
+        "--config=recipes/omnisift_qwen2_5_omni_7b.yaml",
+        f"model.path={model}",
+        f"data.train={manifest}",
+        "data.workers=0",
+        "data.max_frames=4",
+        "compressor.width=16",
+        "compressor.heads=2",
+        "train.llm.mode=lora",
+        "train.llm.lora.targets=[q_proj,o_proj]",
+        "train.gradient_accumulation_steps=1",
+        "train.max_steps=2",
+        f"output_dir={folder / 'run'}",
+    ]
+    status, output = train(*words)
+    assert status == 0, output
+    assert "tts_" not in output
+    return folder / "run"
+
+
+def family_of(run: Path) -> str:
+    """The family of a run's model."""
+    text = (run.parent / "release" / "config.json").read_text()
+    return next(family for family in FAMILIES if RELEASES[family].architecture in text)
+
+
+def answers(model: Any, prompt: dict[str, torch.Tensor], **options: Any) -> list[list[int]]:
+    """New tokens of each row up to the padding, in README's form."""
+    written = model.generate(**prompt, max_new_tokens=LIMIT, do_sample=False, **options)
+    rows = written[:, prompt["input_ids"].shape[1] :].tolist()
+    return [[token for token in row if token != END_OF_TEXT] for row in rows]
+
+
+@pytest.mark.parametrize("generation_config", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_answer_ends(
+    family: str, generation_config: GenerationConfig, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_release(tmp_path / "release", family, generation_config=generation_config)
+    caplog.set_level(logging.WARNING)
+    model, processor = load_backbone(folder, "auto"), load_processor(folder)
+    assert not [record for record in caplog.records if "token_id" in record.getMessage()]
+    one = prepare(model, processor, clip, "What is heard?")
+    two = {name: value.repeat_interleave(2, dim=value.dim() - 2 if name == "position_ids" else 0)
+           for name, value in one.items()}  # fmt: skip
+    expected = [*ANSWER, MESSAGE_END]
+    assert answers(model, one) == [expected]
+    from omnisieve import build_compressor
+
+    with attach(model, build_compressor("divprune_om", retained_ratio=0.25)) as attachment:
+        assert answers(model, one) == [expected]
+        assert attachment.last_plan.kept[0] < one["input_ids"].shape[1]
+        assert answers(model, two) == [expected] * 2
+        assert answers(model, one, num_beams=2) == [expected]
+
+
+@pytest.mark.parametrize("eos_in_config", [False, True])
+def test_a_thinker_saved_alone_ends_too(eos_in_config: bool, clip: Path, tmp_path: Path) -> None:
+    folder = save_release(tmp_path / "release", eos_in_config=eos_in_config)
+    load_backbone(folder, "auto").save_pretrained(tmp_path / "thinker")
+    load_processor(folder).save_pretrained(tmp_path / "thinker")
+    written = json.loads((tmp_path / "thinker" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [MESSAGE_END, END_OF_TEXT]
+    model = load_backbone(tmp_path / "thinker", "auto")
+    prompt = prepare(model, load_processor(tmp_path / "thinker"), clip, "What is heard?")
+    assert answers(model, prompt) == [[*ANSWER, MESSAGE_END]]
+
+
+@pytest.mark.parametrize("generation_config", KINDS)
+def test_exports_merge_and_are_evaluated(
+    run: Path, generation_config: GenerationConfig, clip: Path, manifest: Path, tmp_path: Path
+) -> None:
+    base = save_release(tmp_path / "release", family_of(run), generation_config=generation_config)
+    processor = load_processor(base)
+    assert export.main([str(run), str(tmp_path / "out")]) == 0
+    assert export.main([str(run), str(tmp_path / "merged"), "--merge", "--backbone", str(base)]) == 0
+    model, merged = load_backbone(base, "auto"), load_backbone(tmp_path / "merged" / "model", "auto")
+    prompt = prepare(model, processor, clip, "What is heard?")
+    with tuned_llm(model, tmp_path / "out"), attach(model, load_compressor(tmp_path / "out")):
+        assert answers(model, prompt) == [[*ANSWER, MESSAGE_END]]
+    with attach(merged, load_compressor(tmp_path / "merged")):
+        assert answers(merged, prompt) == [[*ANSWER, MESSAGE_END]]
+    for path, methods in ((base, ["full", "random"]), (tmp_path / "merged" / "model", [f"{tmp_path}/merged/"])):
+        config = EvalConfig(manifest=str(manifest), methods=methods, output_dir=str(tmp_path / "eval"))
+        config.model.path, config.max_new_tokens, config.data.workers = str(path), LIMIT, 0
+        config.data.max_frames = 4
+        report, cells = evaluate(config)
+        assert [row["accuracy"] for row in report["rows"]] == [100.0] * len(methods)
+        assert {answer.predicted for cell in cells for answer in cell.answers} == {"bc"}
+
+
+def test_the_chat_template_renders_as_released() -> None:
+    from jinja2 import Template
+
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Who?"}]}]
+    text = Template(chat_template(RELEASES[QWEN2_5])).render(messages=chat, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_bos|><|VIDEO|><|vision_eos|>Who?<|im_end|>\n<|im_start|>assistant\n"
+    )
