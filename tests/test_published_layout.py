@@ -9,10 +9,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from jinja2 import Template
 from tools import export
 
-from omnisieve import attach, load_backbone, load_compressor, load_processor, prepare, tuned_llm
-from omnisieve.config import EvalConfig
+from omnisieve import attach, build_compressor, load_backbone, load_compressor, load_processor, prepare, tuned_llm
+from omnisieve.config import AudioSection, EvalConfig, MediaSection
 from omnisieve.data.synthetic import manifest_text, write_clip
 from omnisieve.evaluation.evaluate import evaluate
 from tests.distributed.programs import train
@@ -28,6 +29,8 @@ from tests.published_layout import (
 )
 
 LIMIT = 12
+# The models read full clips, too; short ones keep the tests fast.
+SHORT = MediaSection(max_frames=4, audio=AudioSection(max_seconds=2.0))
 KINDS = get_args(GenerationConfig)
 
 
@@ -63,6 +66,7 @@ def run(request: pytest.FixtureRequest, manifest: Path, tmp_path_factory: pytest
         f"data.train={manifest}",
         "data.workers=0",
         "data.max_frames=4",
+        "data.audio.max_seconds=2",
         "compressor.width=16",
         "compressor.heads=2",
         "train.llm.mode=lora",
@@ -99,13 +103,11 @@ def test_every_answer_ends(
     caplog.set_level(logging.WARNING)
     model, processor = load_backbone(folder, "auto"), load_processor(folder)
     assert not [record for record in caplog.records if "token_id" in record.getMessage()]
-    one = prepare(model, processor, clip, "What is heard?")
+    one = prepare(model, processor, clip, "What is heard?", settings=SHORT)
     two = {name: value.repeat_interleave(2, dim=value.dim() - 2 if name == "position_ids" else 0)
            for name, value in one.items()}  # fmt: skip
     expected = [*ANSWER, MESSAGE_END]
     assert answers(model, one) == [expected]
-    from omnisieve import build_compressor
-
     with attach(model, build_compressor("divprune_om", retained_ratio=0.25)) as attachment:
         assert answers(model, one) == [expected]
         assert attachment.last_plan.kept[0] < one["input_ids"].shape[1]
@@ -121,7 +123,7 @@ def test_a_thinker_saved_alone_ends_too(eos_in_config: bool, clip: Path, tmp_pat
     written = json.loads((tmp_path / "thinker" / "generation_config.json").read_text())
     assert written["eos_token_id"] == [MESSAGE_END, END_OF_TEXT]
     model = load_backbone(tmp_path / "thinker", "auto")
-    prompt = prepare(model, load_processor(tmp_path / "thinker"), clip, "What is heard?")
+    prompt = prepare(model, load_processor(tmp_path / "thinker"), clip, "What is heard?", settings=SHORT)
     assert answers(model, prompt) == [[*ANSWER, MESSAGE_END]]
 
 
@@ -134,7 +136,7 @@ def test_exports_merge_and_are_evaluated(
     assert export.main([str(run), str(tmp_path / "out")]) == 0
     assert export.main([str(run), str(tmp_path / "merged"), "--merge", "--backbone", str(base)]) == 0
     model, merged = load_backbone(base, "auto"), load_backbone(tmp_path / "merged" / "model", "auto")
-    prompt = prepare(model, processor, clip, "What is heard?")
+    prompt = prepare(model, processor, clip, "What is heard?", settings=SHORT)
     with tuned_llm(model, tmp_path / "out"), attach(model, load_compressor(tmp_path / "out")):
         assert answers(model, prompt) == [[*ANSWER, MESSAGE_END]]
     with attach(merged, load_compressor(tmp_path / "merged")):
@@ -142,15 +144,13 @@ def test_exports_merge_and_are_evaluated(
     for path, methods in ((base, ["full", "random"]), (tmp_path / "merged" / "model", [f"{tmp_path}/merged/"])):
         config = EvalConfig(manifest=str(manifest), methods=methods, output_dir=str(tmp_path / "eval"))
         config.model.path, config.max_new_tokens, config.data.workers = str(path), LIMIT, 0
-        config.data.max_frames = 4
+        config.data.max_frames, config.data.audio = SHORT.max_frames, SHORT.audio
         report, cells = evaluate(config)
         assert [row["accuracy"] for row in report["rows"]] == [100.0] * len(methods)
         assert {answer.predicted for cell in cells for answer in cell.answers} == {"bc"}
 
 
 def test_the_chat_template_renders_as_released() -> None:
-    from jinja2 import Template
-
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Who?"}]}]
     text = Template(chat_template(RELEASES[QWEN2_5])).render(messages=chat, add_generation_prompt=True)
     assert text == (
