@@ -32,6 +32,8 @@ def main() -> int:
     from omnisieve.training import USER_ERRORS, build_trainer, check_run, connect, leave, rehearse, summary
 
     try:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"checking {config.model.path} and the data", file=sys.stderr, flush=True)
         check_run(config)
         ranks = connect()
         trainer = build_trainer(config, ranks)

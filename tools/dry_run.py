@@ -25,7 +25,7 @@ from omnisieve.data.batch import Batch, Features
 from omnisieve.data.tokens import VideoRun, expand
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.training.build import make_compressor, make_trainable
-from omnisieve.training.engine import trains_in_bfloat16
+from omnisieve.training.deepspeed_settings import trains_in_bfloat16
 from omnisieve.training.estimate import sizes_of, table
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.rehearsal import RANKS

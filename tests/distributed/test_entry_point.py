@@ -25,6 +25,14 @@ def test_a_single_process_needs_no_launcher(clips: Path, tmp_path: Path):
     assert status == 0, output
     assert "Best step 2 of 2, validation loss " in output
     assert f"  tensorboard --logdir {tmp_path}/run/tensorboard" in output
+    told = (
+        "checking data/testbed/backbone",
+        "loading data/testbed/backbone",
+        "parameters, of which",
+        "the first step took",
+    )
+    assert [output.count(text) for text in told] == [1] * len(told)
+    assert sorted(told, key=output.index) == list(told)
     assert_complete(tmp_path / "run", 2)
 
 

@@ -216,6 +216,11 @@ class TrainSection:
         "more traffic",
     )
     offload: OffloadSection = section(OffloadSection)
+    deepspeed: dict[str, Any] = option(
+        {},
+        "further settings of DeepSpeed as its own configuration writes them, for example {zero_optimization: "
+        "{overlap_comm: true}}; those that keys of ours decide are refused",
+    )
     seed: int = option(0, "of initialisation, data order and candidates")
     max_bad_steps: int = option(
         5, "so many steps in a row with a loss or gradient that is not finite end the run; a single one is left out"

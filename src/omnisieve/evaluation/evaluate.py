@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,21 @@ def open_benchmark(config: EvalConfig) -> tuple[Any, ManifestBenchmark]:
         BackboneError, DataError: what the configuration names is not there or does not fit.
     """
     # Before the model is loaded: what is missing should show at once.
+    tell(f"checking {config.model.path} and {config.manifest}")
     check_media(config.model.path, config.data)
     manifest = Manifest(config.manifest)
     manifest.check(config.limit)
     clips = with_questions(config.benchmark, manifest[: config.limit])
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    tell(f"loading {config.model.path} in {config.model.dtype}, for {len(clips)} clips")
     model = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation, device)
     loader = media_loader(config.model.path, adapter_for(model), config.data)
     return model, ManifestBenchmark(config.benchmark, clips, loader, questions_per_clip=config.questions_per_clip)
+
+
+def tell(text: str) -> None:
+    """Say what is being done."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def run(config: EvalConfig, model: Any, benchmark: Benchmark, methods: Sequence[Method]) -> Results:

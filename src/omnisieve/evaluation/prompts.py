@@ -94,9 +94,7 @@ def _media_items(question: Sample) -> int:
     return int(question.tokens.item.max(initial=-1)) + 1
 
 
-def generate(
-    adapter: Adapter, prompt: Prompt, max_new_tokens: int, *, eos_token_id: int, pad_token_id: int
-) -> Tensor:
+def generate(adapter: Adapter, prompt: Prompt, max_new_tokens: int, *, eos_token_id: int, pad_token_id: int) -> Tensor:
     """New token ids [B, <= max_new_tokens], greedily.
 
     Args:

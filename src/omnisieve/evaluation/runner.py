@@ -6,6 +6,7 @@ memory does not grow with the benchmark.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,8 +128,15 @@ class Evaluation:
                     for prompt in self._prompts(readable, needs):
                         for cell, compressor in zip(self.results.cells, self._compressors, strict=True):
                             self._ask(cell, compressor, prompt)
+                if not bar.n:
+                    self._report_first(len(clips))
                 bar.update(len(clips))
         return self.results
+
+    def _report_first(self, clips: int) -> None:
+        """Say how long the first clips took, by method: an evaluation that is slow shows it at once."""
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.results.seconds.items())
+        tqdm.write(f"the first {clips} clip(s) took, in seconds: {parts}", file=sys.stderr)
 
     @contextmanager
     def _tuned(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from omnisieve.artifact import load_compressor
 from omnisieve.backbones import Adapter, BackboneError, Estimator, adapter_for, load_backbone
+from omnisieve.backbones.loading import shape_of
 from omnisieve.backbones.media import media_loader
 from omnisieve.backbones.tuning import add_lora, load_trained, train_all, trainable
 from omnisieve.compressors import (
@@ -47,6 +48,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """
     if not ranks.is_first:
         disable_progress_bar()
+    ranks.tell(f"loading {config.model.path} in {config.model.dtype}")
     with sharded_loading(config):
         backbone = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation)
     adapter = adapter_for(backbone)
@@ -65,11 +67,27 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         gradient_checkpointing=config.train.gradient_checkpointing,
         teacher=make_teacher(config),
     )
+    ranks.tell(describe_model(module))
     streams = open_streams(config.data, config.train, media, compressor.settings, ranks)
+    ranks.tell(
+        f"starting DeepSpeed with ZeRO-{config.train.zero_stage} on {ranks.world_size} rank(s); a step is "
+        f"{config.train.micro_batch_size * config.train.gradient_accumulation_steps * ranks.world_size} clips, the "
+        "first one takes longer"
+    )
     trainer = Trainer(config, module, streams, ranks)
     # From here on ranks draw apart: what an adapter drops on one must not be what it drops on all.
     torch.manual_seed(config.train.seed + 1 + ranks.rank)
     return trainer
+
+
+def describe_model(module: TrainingModule) -> str:
+    """What was loaded and what of it learns, in a line."""
+    sizes = [(shape_of(p).numel(), p.requires_grad) for p in module.parameters()]
+    learning = sum(size for size, learns in sizes if learns)
+    return (
+        f"{type(module.backbone).__name__}: {sum(size for size, _ in sizes) / 1e9:.3g} billion parameters, of which "
+        f"{learning / 1e6:.3g} million learn, with {module.compressor.name}"
+    )
 
 
 def make_trainable(adapter: Adapter, llm: LlmSection) -> None:

@@ -11,6 +11,7 @@ from omnisieve.config import TrainConfig
 from omnisieve.data.manifest import Manifest
 from omnisieve.training.build import make_compressor
 from omnisieve.training.checkpoint import find_checkpoint
+from omnisieve.training.deepspeed_settings import check_deepspeed
 from omnisieve.training.errors import writing
 from omnisieve.training.streams import check_manifests
 from omnisieve.training.trainer import CONFIG_FILE
@@ -28,6 +29,7 @@ def check_run(config: TrainConfig) -> None:
     for path in (config.data.train, config.data.val):
         if path is not None and not Path(path).is_file():
             Manifest(path)  # says so, before a hub is asked for the model
+    check_deepspeed(config.train.deepspeed)
     make_compressor(config, hidden_size_of(config.model.path))
     check_media(config.model.path, config.data)
     find_checkpoint(Path(config.output_dir), config.train.resume)

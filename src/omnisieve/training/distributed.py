@@ -50,6 +50,11 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def tell(self, text: str) -> None:
+        """Say, once for all ranks, what is being done."""
+        if self.is_first:
+            print(text, file=sys.stderr, flush=True)
+
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""
         dist.barrier(group=self.host_group)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from omnisieve.backbones.loading import loading_in_shards, shape_of, whole
 from omnisieve.config import TrainConfig, TrainSection
+from omnisieve.training.deepspeed_settings import deepspeed_config, trains_in_bfloat16
 from omnisieve.training.objective import TrainingModule
 from omnisieve.training.schedule import warmup_cosine
 
@@ -36,39 +37,11 @@ def build_engine(module: TrainingModule, config: TrainConfig) -> Any:
     def scheduler(optimizer: Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, factor)
 
+    trainable = sum(shape_of(p).numel() for group in optimizer.param_groups for p in group["params"])
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config)
+        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, trainable)
     )
     return engine
-
-
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """What DeepSpeed has to know of a run.
-
-    A frozen LLM, also one with adapters, needs no precision section: it keeps the dtype it was loaded in, and
-    trainables are float32. With the section every parameter is bfloat16, and the optimiser holds float32 copies.
-    """
-    train = config.train
-    zero: dict[str, Any] = {"stage": train.zero_stage}
-    if train.offload.optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if train.offload.parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": trains_in_bfloat16(config)},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-    }
-
-
-def trains_in_bfloat16(config: TrainConfig) -> bool:
-    """Whether trainables themselves are bfloat16."""
-    return config.train.llm.mode == "full" and config.model.dtype == "bfloat16"
 
 
 def sharded_loading(config: TrainConfig) -> AbstractContextManager[None]:

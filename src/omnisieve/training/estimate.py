@@ -18,7 +18,7 @@ from omnisieve.backbones.tuning import adapter_width
 from omnisieve.config import TrainConfig
 from omnisieve.data.batch import Batch
 from omnisieve.layout import Modality
-from omnisieve.training.engine import trains_in_bfloat16
+from omnisieve.training.deepspeed_settings import trains_in_bfloat16
 from omnisieve.training.objective import TrainingModule
 
 _FLOAT32 = 4

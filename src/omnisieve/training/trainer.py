@@ -58,6 +58,7 @@ class Trainer:
         self._watchdog = Watchdog(Path(config.output_dir), ranks.rank, config.train.watchdog_seconds)
         self._stopping = False
         self._validation_is_due = False
+        self._has_stepped = False
         self._guard = StepGuard(module.parameters(), ranks, limit=config.train.max_bad_steps)
         self.engine: Any = build_engine(module, config)
         self._config = config
@@ -136,6 +137,7 @@ class Trainer:
             due = self._is_due(self._train.log_every) or self.step == self._train.warm_start.steps
             sums = self._meter.read() if due else None
             self._clock.stop()
+            self._report_first_step()
             self._watchdog.beat()
             self._stopping = outcome.stop
             bar.update()
@@ -163,6 +165,16 @@ class Trainer:
         if saves:
             self._save()
             self._watchdog.beat()
+
+    def _report_first_step(self) -> None:
+        """Say where the time of this process's first step went: a run that is slow shows it at once."""
+        if self._has_stepped:
+            return
+        self._has_stepped = True
+        seconds = self._clock.read()
+        if self._ranks.is_first:
+            parts = ", ".join(f"{lap.replace('_', ' ')} {seconds[lap]:.1f}" for lap in seconds if lap != "step")
+            tqdm.write(f"the first step took {seconds['step']:.1f} s ({parts})", file=sys.stderr)
 
     def _is_due(self, every: int) -> bool:
         """Whether something happens after this step; at the last one everything does."""
