@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch.nn import functional as F
 
 from omnisieve.backbones import adapter_for, load_backbone
 from omnisieve.backbones.families import FAMILIES
-from omnisieve.backbones.tower_attention import BATCHED_SDPA, batch_tower_attention, segment_attention
+from omnisieve.backbones.tower_attention import BATCHED_SDPA, segment_attention
 from omnisieve.compressors.base import Need
 from omnisieve.layout import Modality
 from tests.backbones.towers import Tower, make_tower
-from tests.models import tiny_thinker
 from tests.models import FAMILIES as FAMILY_NAMES
+from tests.models import tiny_thinker
 
 TOWERS = ["qwen2_5_audio", "qwen3_audio", "qwen2_5_vision", "qwen3_vision"]
 # Items of `tests.backbones.towers`: windows of 16 patches and smaller ones at the edges, frames of three sizes, sound
@@ -52,7 +51,9 @@ def count_calls(patch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the sequences that the attention kernel is called with from now on."""
     seen: list[int] = []
     kernel = F.scaled_dot_product_attention
-    patch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: (seen.append(q.shape[2]), kernel(q, *a, **k))[1])
+    patch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *a, **k: (seen.append(q.shape[2]), kernel(q, *a, **k))[1]
+    )
     return seen
 
 
@@ -183,10 +184,3 @@ def test_a_saved_model_is_a_stock_one(family: str, tmp_path: Path) -> None:
     thinker: Callable = next(f.thinker for f in FAMILIES if isinstance(model, f.thinker))
     stock = adapter_for(thinker.from_pretrained(tmp_path / "out"))
     assert stock.visual.config._attn_implementation == "sdpa"
-
-
-def test_a_model_made_elsewhere_can_be_switched(tmp_path: Path) -> None:
-    adapter = adapter_for(tiny_thinker())
-    batch_tower_attention(adapter)
-    assert adapter.visual.config._attn_implementation == BATCHED_SDPA
-    assert json.loads(adapter.visual.config.to_json_string(use_diff=False)).keys().isdisjoint({"_attn_implementation"})

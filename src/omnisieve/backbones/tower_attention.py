@@ -64,11 +64,12 @@ def segment_attention(
     if max_length_q * (len(cu_seq_lens_q) - 1) == count:
         return attend(rows, max_length_q)[None], None
     lengths = cu_seq_lens_q.diff()
-    segments = sorted(Counter(lengths.tolist()).items())
+    segments = Counter(filter(None, lengths.tolist()))
     order = _by_length(cu_seq_lens_q[:-1], lengths, count).to(query.device)
-    parts = zip(*(part[order].split([size * number for size, number in segments]) for part in rows), strict=True)
-    found = torch.cat([attend(list(part), size) for part, (size, _) in zip(parts, segments, strict=True) if size])
-    return torch.empty_like(found).index_copy(0, order, found)[None], None
+    found = torch.empty_like(rows[2])
+    for length, places in zip(sorted(segments), order.split([n * segments[n] for n in sorted(segments)]), strict=True):
+        found.index_copy_(0, places, attend([part.index_select(0, places) for part in rows], length))
+    return found[None], None
 
 
 def _by_length(starts: Tensor, lengths: Tensor, count: int) -> Tensor:
