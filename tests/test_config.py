@@ -147,6 +147,10 @@ def test_a_wrong_list_item_names_the_list(tmp_path: Path):
         ("train.zero_stage=0", "train.zero_stage is 0; choose 1, 2 or 3 (0 would"),
         ("train.offload.parameters=true", "train.offload.parameters needs train.zero_stage=3"),
         ("model={attn_implementation: flash_attention_2, dtype: float32}", "needs model.dtype=bfloat16"),
+        (
+            "model={encoder_attn_implementation: flash_attention_2, dtype: float32}",
+            "model.encoder_attn_implementation flash_attention_2 needs model.dtype=bfloat16",
+        ),
         ("model.attn_implementation=flash_attention_2", "is not used by train.estimator.route masked"),
         ("model.attn_implementation=eager", "eager is not used by train.estimator.route masked"),
         ("data.max_pixels=10", "data.min_pixels 3136 is above data.max_pixels 10"),
@@ -168,6 +172,12 @@ def test_a_value_out_of_range_is_refused(recipe: Path, line: str, message: str):
 def test_other_attention_trains_the_other_route(recipe: Path):
     overrides = ["model.attn_implementation=flash_attention_2", "train.estimator.route=hard_drop"]
     assert read_config(TrainConfig, recipe, overrides).model.attn_implementation == "flash_attention_2"
+
+
+def test_flash_attention_serves_the_encoders_of_the_masked_route(recipe: Path):
+    config = read_config(TrainConfig, recipe, ["model.encoder_attn_implementation=flash_attention_2"])
+    assert config.train.estimator.route == "masked"
+    assert config.model.attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("line", ["ratios=[0.25,0]", "ratios=[1.5]", "methods=[]", "bootstrap=0", "limit=0"])

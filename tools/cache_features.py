@@ -154,8 +154,12 @@ def find_device(local_rank: int) -> torch.device:
 
 def fill(config: TrainConfig | EvalConfig, process: Process) -> int:
     """Encode this process's share; the first one then waits for the others and writes the index."""
-    adapter = adapter_for(load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation))
-    adapter.thinker.to(process.device)
+    model = config.model
+    adapter = adapter_for(
+        load_backbone(
+            model.path, model.dtype, model.attn_implementation, process.device, model.encoder_attn_implementation
+        )
+    )
     loader = media_loader(config.model.path, adapter, config.data, use_cache=False)
     needs = list(dict.fromkeys(n for c in compressors_of(config, adapter.hidden_size) for n in c.needs))
     cache = open_cache(config, process, loader.preprocessing(encoder_fingerprint(adapter)), needs)

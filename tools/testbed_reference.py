@@ -31,11 +31,12 @@ import torch
 import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import AutoTokenizer
 
+from omnisieve.backbones import load_backbone
 from omnisieve.data.synthetic import Clip, draw_questions, make_clip
 from testbed_backbone.card import write_card
-from testbed_backbone.features import AUDIO_TOKENS, VIDEO_TOKENS, batched_segments, encoder_inputs, tower_features
+from testbed_backbone.features import AUDIO_TOKENS, VIDEO_TOKENS, encoder_inputs, tower_features
 from testbed_backbone.language import evaluate
 from testbed_backbone.packing import IS_AUDIO, MEDIA, ORDER, Packer, Record, make_record
 
@@ -73,7 +74,7 @@ def main() -> None:
 
 def measure(backbone: Path, domain: str, split: str, clips: int, workers: int) -> dict[str, Any]:
     """Return every figure for one domain, accuracies in percent."""
-    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(backbone, dtype=torch.float32).eval()
+    model = load_backbone(backbone)
     packer = Packer(AutoTokenizer.from_pretrained(backbone), model)
     worlds = [make_clip(domain, split, i) for i in range(clips)]
     records = encode(model, worlds, domain, split, workers)
@@ -113,7 +114,7 @@ def encode(model: Any, worlds: list[Clip], domain: str, split: str, workers: int
     """Return the records of clips, by way of mp4 files and the stock towers."""
     jobs = [(domain, split, i) for i in range(len(worlds))]
     records = []
-    with ProcessPoolExecutor(workers) as pool, torch.no_grad(), batched_segments():
+    with ProcessPoolExecutor(workers) as pool, torch.no_grad():
         for clip, inputs in zip(worlds, tqdm(pool.map(_inputs, jobs, chunksize=4), total=len(jobs)), strict=True):
             video, audio = tower_features(model, *(torch.from_numpy(x)[None] for x in inputs))
             records.append(make_record(clip, video[0], audio[0], draw_questions(clip)))

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from omnisieve.data.synthetic import draw_questions, make_clip
-from testbed_backbone.features import batched_segments, encoder_inputs, tower_features
+from testbed_backbone.features import encoder_inputs, tower_features
 from testbed_backbone.language import Heads, Phase, evaluate, train_language_model
 from testbed_backbone.model import build_model, build_processor, build_tokenizer, concept_vectors, embed_words
 from testbed_backbone.packing import Packer, Record, draw_tokens, make_record
@@ -172,9 +172,8 @@ def _records(job: tuple[str, str, int]) -> list[Record]:
     domain, split, first = job
     clips = [make_clip(domain, split, first + i) for i in range(8)]
     inputs = [encoder_inputs(clip, clip) for clip in clips]
-    with batched_segments():
-        patches, mels = (torch.stack(part) for part in zip(*inputs, strict=True))
-        video, audio = tower_features(_WORKER["model"], patches, mels)
+    patches, mels = (torch.stack(part) for part in zip(*inputs, strict=True))
+    video, audio = tower_features(_WORKER["model"], patches, mels)
     questions = [draw_questions(clip) if split != "backbone" else None for clip in clips]
     records = [make_record(*parts) for parts in zip(clips, video, audio, questions, strict=True)]
     for record in records:

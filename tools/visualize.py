@@ -52,9 +52,11 @@ def main(argv: list[str]) -> int:
     if not 0 <= args.clip < len(clips):
         raise DataError(f"--clip {args.clip}: {clips.path} has {len(clips)} clips, the first is 0")
     compressor = load(args.compressor, args.ratio)
-    backbone = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    adapter = adapter_for(backbone.to(device))
+    model = config.model
+    adapter = adapter_for(
+        load_backbone(model.path, model.dtype, model.attn_implementation, device, model.encoder_attn_implementation)
+    )
     loader = media_loader(config.model.path, adapter, config.data, use_cache=False)
     sample = loader.sample(clips[args.clip], loader.load(clips[args.clip]))
     batch = collate(

@@ -178,13 +178,27 @@ def test_a_name_on_the_hub_is_looked_for(name, tmp_path, monkeypatch):
         load_backbone(name)
 
 
-def test_attention_without_its_package(monkeypatch):
-    def refuse(*_, attn_implementation: str, **__):
+FLASH = "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        ({"attn_implementation": FLASH}, f"attn_implementation '{FLASH}'"),
+        ({"encoder_attn_implementation": FLASH}, f"encoder_attn_implementation '{FLASH}'"),
+        (
+            {"attn_implementation": FLASH, "encoder_attn_implementation": FLASH},
+            f"attn_implementation '{FLASH}' and encoder_attn_implementation '{FLASH}'",
+        ),
+    ],
+)
+def test_attention_without_its_package(chosen, named, monkeypatch):
+    def refuse(*_, **__):
         raise ImportError("the package for FlashAttention2 doesn't seem to be installed.")
 
     monkeypatch.setattr(Qwen2_5OmniThinkerForConditionalGeneration, "from_pretrained", refuse)
-    with pytest.raises(BackboneError, match=r"'flash_attention_2' cannot be used: .*installed\. Install it, or choose"):
-        load_backbone(BACKBONE, "bfloat16", "flash_attention_2")
+    with pytest.raises(BackboneError, match=rf"^{named} cannot be used: .*installed\. Install it, or choose"):
+        load_backbone(BACKBONE, "bfloat16", **chosen)
 
 
 def test_folder_without_model(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnisieve.backbones import adapter_for
+from omnisieve.backbones import adapter_for, load_backbone
 from omnisieve.data.synthetic import draw_questions, make_clip
 from omnisieve.data.synthetic.questions import answer_words
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 BACKBONE = ROOT / "data" / "testbed" / "backbone"
 sys.path.insert(0, str(ROOT / "tools"))  # tools are programs, not a package
 
-from testbed_backbone.features import batched_segments, encoder_inputs, tower_features  # noqa: E402
+from testbed_backbone.features import encoder_inputs, tower_features  # noqa: E402
 from testbed_backbone.language import answer_logits, kept_features, run_decoder  # noqa: E402
 from testbed_backbone.packing import MEDIA, Packer, Record, make_record  # noqa: E402
 
@@ -96,13 +96,13 @@ def test_it_answers_through_stock_generate(processor, model, inputs) -> None:
     assert right >= len(questions) - 2
 
 
-def test_batched_segments_equal_the_stock_towers(model, inputs) -> None:
+def test_batched_attention_equals_the_stock_towers(model, inputs) -> None:
     with torch.no_grad():
-        stock = tower_features(model, *(torch.stack([x, x]) for x in inputs))
-        with batched_segments():
-            batched = tower_features(model, *(torch.stack([x, x]) for x in inputs))
+        stock, batched = (
+            tower_features(m, *(torch.stack([x, x]) for x in inputs)) for m in (model, load_backbone(BACKBONE))
+        )
     for one, other in zip(stock, batched, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_packed_questions_equal_one_question_per_forward(processor, model, record) -> None:

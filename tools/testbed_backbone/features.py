@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +11,8 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from transformers import Qwen2VLVideoProcessor, WhisperFeatureExtractor
-from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen
 
 from omnisieve.backbones import adapter_for
 from omnisieve.data.synthetic import Clip, draw_frames, make_waveform, write_mp4
@@ -81,40 +76,6 @@ def log_mel(wave: np.ndarray) -> Tensor:
         padded, sampling_rate=16_000, padding="longest", truncation=False, return_tensors="pt"
     ).input_features[0]
     return features[:, : -(-len(wave) // 160)]
-
-
-@contextmanager
-def batched_segments() -> Iterator[None]:
-    """Run the towers' attention over all segments in one call instead of one call each (equal to 1e-6, far faster)."""
-    vision, audio = qwen.Qwen2_5OmniVisionAttention, qwen.Qwen2_5OmniAudioAttention
-    stock = vision.forward, audio.forward
-    vision.forward, audio.forward = _segment_attention, _segment_attention  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        vision.forward, audio.forward = stock  # type: ignore[method-assign]
-
-
-def _segment_attention(
-    self: nn.Module, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **_: Any
-) -> Tensor:
-    """Attend within each segment of `hidden_states` [N, D]; segments are padded to the longest and masked."""
-    vision = isinstance(self, qwen.Qwen2_5OmniVisionAttention)
-    projections = (self.q, self.k, self.v) if vision else (self.q_proj, self.k_proj, self.v_proj)
-    q, k, v = (p(hidden_states).unflatten(-1, (self.num_heads, -1)) for p in projections)
-    if position_embeddings is not None:
-        q, k = qwen.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    longest = max(lengths)
-    if min(lengths) == longest:
-        q, k, v = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
-    else:
-        valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
-        q, k, v = (pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2)[valid]
-    out = out.flatten(1)
-    return self.proj(out) if vision else self.out_proj(out)
 
 
 def tower_features(model: Any, patches: Tensor, mels: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from omnisieve.backbones import adapter_for
+from omnisieve.backbones.tower_attention import batch_tower_attention
 from omnisieve.data.synthetic.questions import WORDINGS, answer_words
 
 HIDDEN = 128
@@ -158,7 +159,9 @@ def build_model(
         if parameter.ndim >= 2 and "embed_tokens" not in name:
             fan_in = parameter[0].numel()
             nn.init.normal_(parameter, std=fan_in**-0.5)
-    decoder_layers = adapter_for(model).layers
+    adapter = adapter_for(model)
+    batch_tower_attention(adapter)
+    decoder_layers = adapter.layers
     for layer in decoder_layers:
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.data.mul_((2 * layers) ** -0.5)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnisieve.backbones import adapter_for
-from testbed_backbone.features import batched_segments, tower_features
+from testbed_backbone.features import tower_features
 from testbed_backbone.targets import HEADS, audio_targets, dense_picture, dense_sound, video_targets
 
 TEMPERATURE = 4.0
@@ -63,25 +63,24 @@ def train_towers(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(1)
     model.train()
-    with batched_segments():
-        for step in range(steps):
-            rows = [data[i] for i in torch.randint(len(data), (batch,), generator=generator).tolist()]
-            video, audio = tower_features(
-                model, torch.stack([r["patches"] for r in rows]), torch.stack([r["mel"] for r in rows])
-            )
-            losses = {}
-            for name, features in (("video", video), ("audio", audio)):
-                target = torch.cat([r[name][0] for r in rows])
-                labels = {h: torch.cat([r[name][1][h] for r in rows]) for h in rows[0][name][1]}
-                losses[name] = tower_loss(features.flatten(0, 1), target, labels, concepts)
-            loss = losses["video"] + losses["audio"]
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 25 == 0 or step == steps - 1:
-                log(stage="towers", step=step, **{k: round(v.item(), 4) for k, v in losses.items()})
+    for step in range(steps):
+        rows = [data[i] for i in torch.randint(len(data), (batch,), generator=generator).tolist()]
+        video, audio = tower_features(
+            model, torch.stack([r["patches"] for r in rows]), torch.stack([r["mel"] for r in rows])
+        )
+        losses = {}
+        for name, features in (("video", video), ("audio", audio)):
+            target = torch.cat([r[name][0] for r in rows])
+            labels = {h: torch.cat([r[name][1][h] for r in rows]) for h in rows[0][name][1]}
+            losses[name] = tower_loss(features.flatten(0, 1), target, labels, concepts)
+        loss = losses["video"] + losses["audio"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0 or step == steps - 1:
+            log(stage="towers", step=step, **{k: round(v.item(), 4) for k, v in losses.items()})
 
 
 @torch.no_grad()
@@ -117,11 +116,10 @@ def tower_accuracy(model: Any, data: list[dict[str, Any]], concepts: dict[str, T
     """Return the accuracy of every head on held-out dense clips, in percent."""
     right: dict[str, list[Tensor]] = {}
     model.eval()
-    with batched_segments():
-        for row in data:
-            video, audio = tower_features(model, row["patches"][None], row["mel"][None])
-            for name, features in (("video", video[0]), ("audio", audio[0])):
-                for head, label in row[name][1].items():
-                    hit = head_logits(features, head, concepts).argmax(-1) == label
-                    right.setdefault(head, []).append(hit[label >= 0])
+    for row in data:
+        video, audio = tower_features(model, row["patches"][None], row["mel"][None])
+        for name, features in (("video", video[0]), ("audio", audio[0])):
+            for head, label in row[name][1].items():
+                hit = head_logits(features, head, concepts).argmax(-1) == label
+                right.setdefault(head, []).append(hit[label >= 0])
     return {head: round(100 * torch.cat(hits).float().mean().item(), 2) for head, hits in right.items()}

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from omnisieve.backbones.adapter import BackboneError
+from omnisieve.backbones.adapter import BackboneError, adapter_for
 from omnisieve.backbones.families import (
     FAMILIES,
     RELEASED_END_TOKENS,
@@ -22,8 +22,10 @@ from omnisieve.backbones.families import (
     family_of,
     uses_released_tokens,
 )
+from omnisieve.backbones.tower_attention import batch_tower_attention
 
 Precision = Literal["float32", "bfloat16", "auto"]
+BATCHED = "batched_sdpa"
 
 
 @contextmanager
@@ -65,6 +67,7 @@ def load_backbone(
     dtype: Precision = "float32",
     attn_implementation: str = "sdpa",
     device: str | torch.device | None = None,
+    encoder_attn_implementation: str = BATCHED,
 ) -> Any:
     """The stock thinker, frozen and in eval mode.
 
@@ -75,8 +78,9 @@ def load_backbone(
         path: folder or hub name of a thinker, or of a whole model, of which only the thinker is loaded.
         dtype: of the weights; "auto" is that in which they are stored. The rotary frequencies stay float32, which
             casting a loaded model would not do.
-        attn_implementation: "sdpa", "eager" or "flash_attention_2".
+        attn_implementation: of the decoder; "sdpa", "eager" or "flash_attention_2".
         device: where to; the CPU when None.
+        encoder_attn_implementation: of the towers; the same, or "batched_sdpa" (see `backbones.tower_attention`).
 
     Raises:
         BackboneError: there is no such model, it is another one or lacks weights, or the package of its attention is
@@ -85,21 +89,27 @@ def load_backbone(
     if dtype not in ("float32", "bfloat16", "auto"):
         raise BackboneError(f"dtype is {dtype!r}; choose 'float32', 'bfloat16' or 'auto'")
     family = find_model(path)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    batched = encoder_attn_implementation == BATCHED
+    encoders = "sdpa" if batched else encoder_attn_implementation
+    attention = dict.fromkeys(("", "text_config"), attn_implementation)
+    attention |= dict.fromkeys(("vision_config", "audio_config"), encoders)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     model: Any
     try:
         with without_token_warnings():
             model, found_weights = family.thinker.from_pretrained(str(path), output_loading_info=True, **options)
     except ImportError as error:
-        raise BackboneError(
-            f"attn_implementation {attn_implementation!r} cannot be used: {error} Install it, or choose 'sdpa'"
-        ) from error
+        chosen = {"attn_implementation": attn_implementation, "encoder_attn_implementation": encoders}
+        wrong = " and ".join(f"{key} {name!r}" for key, name in chosen.items() if name not in ("sdpa", "eager"))
+        raise BackboneError(f"{wrong} cannot be used: {error} Install it, or choose 'sdpa'") from error
     if missing := sorted(found_weights["missing_keys"]):
         # Only warned of by transformers, which makes them up.
         raise BackboneError(f"{path} lacks {len(missing)} weights, {missing[0]} for one: download it again")
     if uses_released_tokens(model.config):
         model.generation_config.eos_token_id = list(RELEASED_END_TOKENS)
         model.generation_config.pad_token_id = RELEASED_PAD_TOKEN
+    if batched:
+        batch_tower_attention(adapter_for(model))
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)

@@ -23,10 +23,17 @@ class ModelSection:
         "eager materialises S x S attention; flash_attention_2 needs the flash-attn package and bfloat16, and cannot "
         "train the masked route",
     )
+    encoder_attn_implementation: Literal["batched_sdpa", "sdpa", "eager", "flash_attention_2"] = option(
+        "batched_sdpa",
+        "of the vision and audio towers alone. batched_sdpa calls attention once per layer and window size, sdpa and "
+        "eager once per layer and window: tens of thousands of calls per minute of video; flash_attention_2 needs the "
+        "flash-attn package and bfloat16, and goes with every route",
+    )
 
     def __post_init__(self) -> None:
-        if self.attn_implementation == "flash_attention_2" and self.dtype != "bfloat16":
-            raise ConfigError("model.attn_implementation flash_attention_2 needs model.dtype=bfloat16")
+        for key in ("attn_implementation", "encoder_attn_implementation"):
+            if getattr(self, key) == "flash_attention_2" and self.dtype != "bfloat16":
+                raise ConfigError(f"model.{key} flash_attention_2 needs model.dtype=bfloat16")
 
 
 @dataclass

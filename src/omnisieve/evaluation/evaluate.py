@@ -67,7 +67,13 @@ def open_benchmark(config: EvalConfig) -> tuple[Any, ManifestBenchmark]:
     clips = with_questions(config.benchmark, manifest[: config.limit])
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     tell(f"loading {config.model.path} in {config.model.dtype}, for {len(clips)} clips")
-    model = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation, device)
+    model = load_backbone(
+        config.model.path,
+        config.model.dtype,
+        config.model.attn_implementation,
+        device,
+        config.model.encoder_attn_implementation,
+    )
     loader = media_loader(config.model.path, adapter_for(model), config.data)
     return model, ManifestBenchmark(config.benchmark, clips, loader, questions_per_clip=config.questions_per_clip)
 
@@ -106,6 +112,7 @@ def environment(config: EvalConfig, results: Results, device: str) -> dict[str, 
         "model": config.model.path,
         "dtype": config.model.dtype,
         "attn_implementation": config.model.attn_implementation,
+        "encoder_attn_implementation": config.model.encoder_attn_implementation,
         "manifest": config.manifest,
         "protocol": {
             "fps": data.fps,

@@ -50,7 +50,12 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         disable_progress_bar()
     ranks.tell(f"loading {config.model.path} in {config.model.dtype}")
     with sharded_loading(config):
-        backbone = load_backbone(config.model.path, config.model.dtype, config.model.attn_implementation)
+        backbone = load_backbone(
+            config.model.path,
+            config.model.dtype,
+            config.model.attn_implementation,
+            encoder_attn_implementation=config.model.encoder_attn_implementation,
+        )
     adapter = adapter_for(backbone)
     # The same start on every rank.
     torch.manual_seed(config.train.seed)

@@ -36,6 +36,7 @@ LAST, BEST = "last", "best"
 # What a run that resumes may change: it moves no gradient, or (the number of steps) is what one resumes for.
 _FREE = {
     "model.attn_implementation",
+    "model.encoder_attn_implementation",
     "data.workers",
     "data.recycle_after",
     "data.decode_seconds",
