@@ -16,6 +16,8 @@ from transformers import (
 from omnisieve.data.tokens import Qwen3OmniRules, TokenRules
 
 VERSIONS = "transformers 5.17 to 5.24"
+# Of an image and of a video.
+_RELEASED_VISUAL_TOKENS = (151655, 151656)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ FAMILIES = (
     Family(Qwen2_5OmniThinkerForConditionalGeneration, Qwen2_5OmniForConditionalGeneration, TokenRules),
     Family(Qwen3OmniMoeThinkerForConditionalGeneration, Qwen3OmniMoeForConditionalGeneration, Qwen3OmniRules),
 )
+
+
+def uses_released_tokens(config: Any) -> bool:
+    """Whether a thinker's config has the media tokens of the released vocabulary, which all released models share."""
+    return (config.image_token_id, config.video_token_id) == _RELEASED_VISUAL_TOKENS
 
 
 def family_of(model_type: str) -> Family | None:

@@ -20,7 +20,13 @@ Media = str | Path | Sequence[str | Path]
 
 
 def prepare(
-    model: nn.Module, processor: ProcessorMixin, media: Media, question: str, *, settings: MediaSection | None = None
+    model: nn.Module,
+    processor: ProcessorMixin,
+    media: Media,
+    question: str,
+    *,
+    system: str | None = None,
+    settings: MediaSection | None = None,
 ) -> dict[str, Tensor]:
     """What a stock thinker's `generate` takes to answer one question, read as training and evaluation read it.
 
@@ -29,7 +35,11 @@ def prepare(
         processor: of the model, `AutoProcessor.from_pretrained(path)`.
         media: a video (its own sound comes with it), a sound or an image, by suffix; or several, in order.
         question: about them.
-        settings: how densely videos are sampled, and so on; None takes the defaults of recipes.
+        system: message of the system before the question. None sends none; what the prompt then has is up to the chat
+            template of the processor. Qwen's speaking models expect the prompt that their card gives ("You are Qwen, a
+            virtual human ..."); it is in no template, so give it here if a published result was made with it.
+        settings: how densely videos are sampled, and so on; None takes the defaults, which are those of qwen_omni_utils
+            for models with the vocabulary of the released ones, and those of the processor for others.
 
     Returns:
         input_ids, attention_mask and the rest, on the model's device. The answer is what `generate` adds behind
@@ -37,6 +47,7 @@ def prepare(
 
     Raises:
         BackboneError: a model that is not supported.
+        ConfigError: settings that contradict each other.
         MediaError: a file cannot be read; the message names the cure.
     """
     adapter = adapter_for(model)
@@ -44,7 +55,8 @@ def prepare(
     files = [media] if isinstance(media, str | Path) else media
     parts = tuple(MediaPart(kind_of(file), Path(file)) for file in files)
     content = [*({"type": part.kind} for part in parts), {"type": "text", "text": question}]
-    asked = Conversation("question", ({"role": "user", "content": content},), parts)
+    before = () if system is None else ({"role": "system", "content": system},)
+    asked = Conversation("question", (*before, {"role": "user", "content": content}), parts)
     sample = loader.sample(asked, loader.load(asked), generation_prompt=True)
     batch = collate([sample], pad_token_id=int(loader.preprocessor.tokenizer.pad_token_id)).to(adapter.thinker.device)
     # `generate` carries the sequence's own ids before the three rope rows.
