@@ -228,7 +228,7 @@ def spread(total: int, rate: float, fps: float, min_frames: int, max_frames: int
     count = int(min(max(total / rate * fps, least), most, total)) // FRAME_FACTOR * FRAME_FACTOR
     # A manifest may ask for a single frame, but a temporal patch has two in any case.
     count = max(count, min(total, FRAME_FACTOR))
-    return _linspace(total - 1, count), total / rate / count
+    return _linspace(total - 1, count), 1 / (count / total * rate)
 
 
 def _linspace(last: int, count: int) -> np.ndarray:
