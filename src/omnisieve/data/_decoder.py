@@ -311,8 +311,9 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
     with av.open(path) as container:
         stream = next(s for s in container.streams.audio if s.index == index)
         rate, length = stream.rate, (container.duration or 0) / av.time_base
-        # Samples as they are, in float32: what FFmpeg makes of several channels is louder than their mean.
-        planar = av.AudioResampler(format="fltp", rate=rate)
+        # Only to float32: what FFmpeg makes of several channels is louder than their mean. Not planar, because PyAV
+        # reads beyond the planes of eight channels.
+        packed = av.AudioResampler(format="flt", rate=rate)
         limit = None if max_seconds is None else round(max_seconds * rate)
         declared = _declared_end(stream, scan.start)
         for packet in container.demux(stream):
@@ -328,8 +329,9 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
                 if _AUDIO_GAP < gap < length:
                     pieces.append(np.zeros(round(gap * rate), dtype=np.float32))
                     written += len(pieces[-1])
-                for part in planar.resample(frame):
-                    pieces.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
+                for part in packed.resample(frame):
+                    channels = part.to_ndarray().reshape(-1, part.layout.nb_channels)
+                    pieces.append(channels.mean(axis=1, dtype=np.float32))
                     written += len(pieces[-1])
             if limit is not None and written > limit + rate:
                 break
