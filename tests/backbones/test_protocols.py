@@ -75,6 +75,8 @@ def test_what_cannot_be_names_the_keys() -> None:
         protocol_of(MediaSection(protocol="omnisifft"), SEVEN_B)
     with pytest.raises(ConfigError, match=r"data\.min_pixels 100352 is above data\.max_pixels 6272 .*give both"):
         protocol_of(MediaSection(max_pixels=6272), SEVEN_B)
+    with pytest.raises(ConfigError, match=r"data\.min_frames has no meaning under data\.protocol processor"):
+        protocol_of(MediaSection(protocol="processor", min_frames=8), SEVEN_B, stock_processor())
     with pytest.raises(ConfigError, match="needs the processor of a model"):
         protocol_of(MediaSection(protocol="processor"), SEVEN_B)
 

@@ -35,9 +35,9 @@ def prepare(
         processor: of the model, `AutoProcessor.from_pretrained(path)`.
         media: a video (its own sound comes with it), a sound or an image, by suffix; or several, in order.
         question: about them.
-        system: message of the system before the question. None sends none; what the prompt then has is up to the chat
-            template of the processor. Qwen's speaking models expect the prompt that their card gives ("You are Qwen, a
-            virtual human ..."); it is in no template, so give it here if a published result was made with it.
+        system: message of the system before the question. None sends none, and the chat template may then put in a
+            sentence of its own. Published examples of Qwen2.5-Omni send "You are Qwen, a virtual human ..." themselves:
+            do not count on the template, give it here to repeat a result that was made with it.
         settings: how densely videos are sampled, and so on; None takes the defaults, which are those of qwen_omni_utils
             for models with the vocabulary of the released ones, and those of the processor for others.
 

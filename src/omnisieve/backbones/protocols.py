@@ -41,6 +41,10 @@ def protocol_of(media: MediaSection, config: Any, processor: ProcessorMixin | No
             f"data.protocol {_BY_PROCESSOR} needs the processor of a model, and only its shapes are known here: choose "
             f"one of {', '.join(PRESETS)}"
         )
+    elif media.min_frames is not None:
+        raise ConfigError(
+            f"data.min_frames has no meaning under data.protocol {_BY_PROCESSOR}, which takes frames by time"
+        )
     else:
         found = _of_processor(processor)
     given = {key: value for key in _KEYS if (value := getattr(media, key)) is not None}
