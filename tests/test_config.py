@@ -153,7 +153,9 @@ def test_a_wrong_list_item_names_the_list(tmp_path: Path):
         ),
         ("model.attn_implementation=flash_attention_2", "is not used by train.estimator.route masked"),
         ("model.attn_implementation=eager", "eager is not used by train.estimator.route masked"),
-        ("data.max_pixels=10", "data.min_pixels 3136 is above data.max_pixels 10"),
+        ("data={min_pixels: 3136, max_pixels: 10}", "data.min_pixels 3136 is above data.max_pixels 10"),
+        ("data={min_frames: 8, max_frames: 4}", "data.min_frames 8 is above data.max_frames 4"),
+        ("data.total_pixels=0", "data.total_pixels is 0; it must be above 0"),
         ("data.max_tokens=0", "data.max_tokens is 0; it must be above 0"),
         (
             "data={max_tokens: 9, too_long: lower_fps, feature_cache: features}",
@@ -167,6 +169,12 @@ def test_a_value_out_of_range_is_refused(recipe: Path, line: str, message: str):
         read_config(TrainConfig, recipe, [line])
     assert str(recipe) in str(error.value)
     assert message in str(error.value)
+
+
+def test_a_protocol_that_there_is_not_is_refused(recipe: Path):
+    names = "processor, qwen_omni_utils, omnisift, omnizip, seats or null"
+    with pytest.raises(ConfigError, match=f"data.protocol is 'omnisifft'; expected one of {names}"):
+        read_config(TrainConfig, recipe, ["data.protocol=omnisifft"])
 
 
 def test_other_attention_trains_the_other_route(recipe: Path):

@@ -51,6 +51,17 @@ def test_recipe_is_valid_and_its_launch_line_works(recipe: Path, monkeypatch: py
     assert settings_of(config) if isinstance(config, TrainConfig) else build_methods(config)
 
 
+def test_released_models_are_trained_and_evaluated_under_one_named_protocol():
+    keys = ("protocol", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
+    for recipe in RECIPES:
+        schema = EvalConfig if "methods:" in recipe.read_text(encoding="utf-8") else TrainConfig
+        config = read_config(schema, recipe)
+        if config.model.path.startswith("Qwen/"):
+            assert [getattr(config.data, key) for key in keys] == ["omnisift", *[None] * 6]
+        else:
+            assert config.data.protocol is None
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipe_names_no_place_of_one_machine(recipe: Path):
     assert not re.search(r"(?:^|[\s:=])[/~]\w", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -31,6 +31,8 @@ from transformers import PretrainedConfig
 from omnisieve.backbones import BackboneError, adapter_for
 from omnisieve.backbones.families import family_of
 from omnisieve.backbones.media import media_loader
+from omnisieve.backbones.protocols import protocol_of
+from omnisieve.backbones.reference import SHAPES, reference_config
 from omnisieve.compressors import Compressor, CompressorError
 from omnisieve.config import ConfigError, MediaSection, TrainConfig, read_config
 from omnisieve.data.batch import Sample
@@ -60,7 +62,9 @@ def main(argv: list[str]) -> int:
         media = config.data
         loader, compressor = token_counter(config, args.ratio)
     parts, lines = read_lines(manifest)
-    sampling = Sampling(media.fps, media.max_frames, media.audio.max_seconds, media.decode_seconds)
+    # Without a recipe, files are looked at as for the released models.
+    sampled = loader or protocol_of(media, reference_config(SHAPES[0]))
+    sampling = Sampling(sampled, media.audio.max_seconds, media.decode_seconds)
     files = check_files(Files(parts, sampling, loader, decode=args.decode), folder / FILES, args.workers)
     samples = list(lines)
     if loader is not None:

@@ -18,6 +18,7 @@ import torch
 
 from omnisieve.backbones import Adapter, BackboneError, Estimator, adapter_for
 from omnisieve.backbones.families import family_of
+from omnisieve.backbones.protocols import protocol_of
 from omnisieve.backbones.reference import SHAPES, reference_config
 from omnisieve.compressors import CompressorError
 from omnisieve.config import ConfigError, TrainConfig, WarmStartSection, read_config
@@ -80,9 +81,12 @@ def main(argv: list[str]) -> int:
 def clip(adapter: Adapter, config: TrainConfig, seconds: float) -> Batch:
     """`micro_batch_size` equal clips with cached features, as the data side would hand them over."""
     rules = adapter.token_rules()
-    grids = min(int(seconds * config.data.fps), config.data.max_frames) // rules.temporal_patch_size
+    protocol = protocol_of(config.data, adapter.thinker.config)
+    wanted = max(int(seconds * protocol.fps), protocol.min_frames)
+    frames = wanted if protocol.max_frames is None else min(wanted, protocol.max_frames)
+    grids = frames // rules.temporal_patch_size
     side = adapter.visual.config.patch_size * rules.spatial_merge_size
-    per_side = config.data.max_pixels / side**2 / (16 * 9)
+    per_side = protocol.frame_pixels(frames) / side**2 / (16 * 9)
     rows, columns = int(9 * per_side**0.5), int(16 * per_side**0.5)
     patches = (grids, rows * rules.spatial_merge_size, columns * rules.spatial_merge_size)
     mel = int(min(seconds, config.data.audio.max_seconds) * MEL_FRAMES_PER_SECOND)

@@ -59,6 +59,17 @@ def test_settings_and_several_files_count(clip: Path, tmp_path: Path) -> None:
     assert attachment.last_plan.kept[0] < two["input_ids"].shape[1]
 
 
+def test_a_message_of_the_system_comes_first(clip: Path) -> None:
+    model, processor = load_backbone(BACKBONE), AutoProcessor.from_pretrained(str(BACKBONE))
+    silent = prepare(model, processor, clip, "What?")["input_ids"][0]
+    spoken = prepare(model, processor, clip, "What?", system="Be brief.")["input_ids"][0]
+    message = [{"role": "system", "content": "Be brief."}]
+    text = processor.tokenizer.apply_chat_template(message, chat_template=processor.chat_template, tokenize=False)
+    before = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "Be brief." in text
+    assert spoken.tolist() == [*before, *silent.tolist()]
+
+
 def test_a_file_that_cannot_be_read_is_named() -> None:
     model, processor = load_backbone(BACKBONE), AutoProcessor.from_pretrained(str(BACKBONE))
     with pytest.raises(MediaError, match=r"gone\.mp4.*there is no such file"):

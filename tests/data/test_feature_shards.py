@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnisieve.backbones.reference import cache_bytes
+from omnisieve.config import MediaSection
 from omnisieve.data.batch import Features
 from omnisieve.data.feature_cache import FeatureCache, FeatureCacheError, media_key
 from omnisieve.data.feature_shards import Origin, dequantise, quantise, remove_remains, stored_bytes
@@ -202,12 +203,16 @@ def test_bytes_on_the_disk_are_those_that_are_told(tmp_path: Path) -> None:
         assert 0 < (tmp_path / stored / name).stat().st_size - stored_bytes(100, 3584, stored) < header
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [
-    ("qwen2_5_omni_7b", {"float32": 297, "bfloat16": 148, "int8": 74}),
-    ("qwen2_5_omni_3b", {"float32": 170, "bfloat16": 85, "int8": 42}),
-    ("qwen3_omni_30b_a3b", {"float32": 488, "bfloat16": 244, "int8": 122}),
+@pytest.mark.parametrize(("protocol", "name", "megabytes"), [
+    ("omnisift", "qwen2_5_omni_7b", {"float32": 297, "bfloat16": 148, "int8": 74}),
+    ("omnisift", "qwen2_5_omni_3b", {"float32": 170, "bfloat16": 85, "int8": 42}),
+    ("omnisift", "qwen3_omni_30b_a3b", {"float32": 636, "bfloat16": 318, "int8": 159}),
+    (None, "qwen2_5_omni_7b", {"float32": 682, "bfloat16": 341, "int8": 171}),
+    (None, "qwen2_5_omni_3b", {"float32": 390, "bfloat16": 195, "int8": 98}),
+    (None, "qwen3_omni_30b_a3b", {"float32": 1516, "bfloat16": 758, "int8": 380}),
 ])  # fmt: skip
-def test_documented_sizes_of_a_minute(name: str, megabytes: dict[str, int]) -> None:
+def test_documented_sizes_of_a_minute(protocol: str | None, name: str, megabytes: dict[str, int]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "feature_cache.md").read_text()
-    assert {stored: round(cache_bytes(name, stored) / 1e6) for stored in megabytes} == megabytes
+    media = MediaSection(protocol=protocol)
+    assert {stored: round(cache_bytes(name, stored, media=media) / 1e6) for stored in megabytes} == megabytes
     assert f"| {name} | {' | '.join(map(str, megabytes.values()))} |" in page

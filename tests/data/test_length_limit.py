@@ -134,6 +134,18 @@ def test_the_frame_rate_is_lowered_no_further_than_it_must_be(
     assert (sample.lowered.tokens_was, sample.lowered.tokens) == (length(whole), length(sample))
 
 
+def test_fewer_frames_are_no_larger_where_the_whole_video_has_a_cap(clips: dict[str, Conversation]) -> None:
+    # 16 frames of 2 tokens; 4 frames alone have 8 tokens each.
+    tool = Preprocessor(stock_processor(), rules(), min_pixels=28 * 28, max_pixels=56 * 112, total_pixels=8 * 28 * 56)
+    loader = MediaLoader(tool)
+    whole = plain(clips["silent"], loader)
+    assert whole.video_grids == ((8, 2, 4),)
+    assert plain(thinner(clips["silent"], 4), loader).video_grids == ((2, 4, 8),)
+    sample = LengthLimit(length(whole) - 6 * 2, lower_fps=True).read(clips["silent"], loader)
+    assert sample.video_grids == ((2, 2, 4),)
+    loader.reader.close()
+
+
 def test_videos_of_a_sample_are_lowered_in_one_proportion(clips: dict[str, Conversation], loader: MediaLoader) -> None:
     whole = plain(clips["two"], loader)
     half = LengthLimit(length(whole) - 5 * STEP, lower_fps=True).read(clips["two"], loader)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from omnisieve.data.media import MediaError, MediaReader, VideoFrames, read_image
+from omnisieve.data.media import MediaError, MediaReader, VideoFrames, _resample, read_image
 from tests.data.media_files import FAULTS, TONE_HZ, frame_level, write_faulty
 
 Media = Callable[..., Path]
@@ -175,6 +175,30 @@ def test_audio_files(media: Media, reader: MediaReader, name: str, codec: str) -
     with pytest.raises(MediaError, match="only sound") as caught:
         reader.read(path)
     assert (caught.value.kind, caught.value.stream) == ("no_stream", "video")
+
+
+@pytest.mark.parametrize("layout", ["mono", "stereo", "5.1", "7.1"])
+def test_sound_is_the_mean_of_its_channels(tmp_path: Path, reader: MediaReader, layout: str) -> None:
+    channels = av.AudioLayout(layout).nb_channels
+    levels = np.arange(1, channels + 1) * 1000 * np.resize([1, -1, 1], channels)
+    wave = np.sin(np.arange(16_000) / 20)[:, None] * levels
+    samples = wave.round().astype(np.int16)
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16_000, layout=layout)
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=layout)
+        frame.sample_rate = 16_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    heard = sound_of(reader, tmp_path / "sound.wav")
+    np.testing.assert_allclose(heard, samples.mean(axis=1) / 2**15, rtol=0, atol=1e-6)
+
+
+def test_what_the_new_rate_cannot_hold_is_filtered_out() -> None:
+    # A tone within reach stays as it is, to 0.1 %; one above half of 16 kHz is gone.
+    time = np.arange(44_100) / 44_100
+    for hertz, low, high in ((100, 0.999, 1.001), (7000, 0.999, 1.001), (8200, 0, 0.001), (12_000, 0, 0.001)):
+        heard = _resample(np.sin(2 * np.pi * hertz * time).astype(np.float32), 44_100)
+        assert low <= np.abs(heard[2000:-2000]).max() <= high
 
 
 @pytest.mark.parametrize("fault", FAULTS)

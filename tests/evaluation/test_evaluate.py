@@ -67,6 +67,13 @@ def test_report_of_real_files(config: EvalConfig) -> None:
     assert report["environment"]["hearing_test"]["passed"]
     assert report["environment"]["seeing_test"]["passed"]
     assert json.loads(json.dumps(report))["methods"]["random"]["kind"] == "training-free"
+    protocol = report["environment"]["protocol"]
+    resolved = {
+        "name": "processor", "placement": "steps", "fps": 2.0, "min_frames": 1, "max_frames": 768, "min_pixels": 3136,
+        "max_pixels": 602_112, "total_pixels": None, "min_image_pixels": 3136, "max_image_pixels": 602_112,
+        "audio_seconds": 300.0,
+    }  # fmt: skip
+    assert resolved.items() <= protocol.items()
 
 
 def test_report_of_real_files_with_qwen3(config: EvalConfig, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from omnisieve.data.tokens import Qwen3OmniRules, TokenRules
 
 VERSIONS = "transformers 5.17 to 5.24"
 
-_RELEASED_MEDIA_TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
+# Of an image and of a video.
+_RELEASED_VISUAL_TOKENS = (151655, 151656)
 RELEASED_END_TOKENS = (151645, 151643)
 """<|im_end|>, which ends an answer, and <|endoftext|>, in the vocabulary of all released models."""
 RELEASED_PAD_TOKEN = 151643
@@ -69,14 +70,14 @@ FAMILIES = (
 )
 
 
+def uses_released_tokens(config: Any) -> bool:
+    """Whether a thinker's config has the media tokens of the released vocabulary, which all released models share."""
+    return (config.image_token_id, config.video_token_id) == _RELEASED_VISUAL_TOKENS
+
+
 def family_of(model_type: str) -> Family | None:
     """The family of a config's `model_type`, thinker or whole."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
-
-
-def uses_released_tokens(config: Any) -> bool:
-    """Whether a thinker's config has the vocabulary of the released models, tuned or not."""
-    return all(getattr(config, name, None) == token for name, token in _RELEASED_MEDIA_TOKENS.items())
 
 
 def supported_classes() -> str:

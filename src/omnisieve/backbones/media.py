@@ -11,6 +11,7 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from omnisieve.backbones.adapter import Adapter, BackboneError
 from omnisieve.backbones.loading import whole, without_token_warnings
+from omnisieve.backbones.protocols import protocol_of
 from omnisieve.config import MediaSection
 from omnisieve.data.dataset import MediaLoader
 from omnisieve.data.feature_cache import FeatureCache
@@ -32,6 +33,7 @@ def media_loader(path: str | Path, adapter: Adapter, media: MediaSection, *, use
 
     Raises:
         BackboneError: the folder holds no processor.
+        ConfigError: see `protocol_of`.
         FeatureCacheError: the cache was made with other settings or encoders.
     """
     loader = reader(load_processor(path), adapter, media)
@@ -42,17 +44,22 @@ def media_loader(path: str | Path, adapter: Adapter, media: MediaSection, *, use
 
 def reader(processor: ProcessorMixin, adapter: Adapter, media: MediaSection) -> MediaLoader:
     """The reader of media files for a model with this processor, without a cache."""
+    rules, protocol = adapter.token_rules(), protocol_of(media, adapter.thinker.config, processor)
     preprocessor = Preprocessor(
         processor,
-        adapter.token_rules(),
-        min_pixels=media.min_pixels,
-        max_pixels=media.max_pixels,
+        rules,
+        min_pixels=protocol.min_pixels,
+        max_pixels=protocol.max_pixels,
+        total_pixels=protocol.total_pixels,
+        image_pixels=(protocol.min_image_pixels, protocol.max_image_pixels),
         pixel_dtype=adapter.visual.dtype,
     )
     return MediaLoader(
         preprocessor,
-        fps=media.fps,
-        max_frames=media.max_frames,
+        fps=protocol.fps,
+        min_frames=protocol.min_frames,
+        max_frames=protocol.max_frames,
+        placement=protocol.placement,
         audio_seconds=media.audio.max_seconds,
         decode_seconds=media.decode_seconds,
     )

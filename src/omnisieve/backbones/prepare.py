@@ -20,16 +20,26 @@ Media = str | Path | Sequence[str | Path]
 
 
 def prepare(
-    model: nn.Module, processor: ProcessorMixin, media: Media, question: str, *, settings: MediaSection | None = None
+    model: nn.Module,
+    processor: ProcessorMixin,
+    media: Media,
+    question: str,
+    *,
+    system: str | None = None,
+    settings: MediaSection | None = None,
 ) -> dict[str, Tensor]:
     """What a stock thinker's `generate` takes to answer one question, read as training and evaluation read it.
 
     Args:
         model: see `adapter_for`.
-        processor: of the model, `AutoProcessor.from_pretrained(path)`.
+        processor: of the model, see `load_processor`.
         media: a video (its own sound comes with it), a sound or an image, by suffix; or several, in order.
         question: about them.
-        settings: how densely videos are sampled, and so on; None takes the defaults of recipes.
+        system: message of the system before the question. None sends none, and the chat template may then put in a
+            sentence of its own. Published examples of Qwen2.5-Omni send "You are Qwen, a virtual human ..." themselves:
+            do not count on the template, give it here to repeat a result that was made with it.
+        settings: how densely videos are sampled, and so on; None takes the defaults, which are those of qwen_omni_utils
+            for models with the vocabulary of the released ones, and those of the processor for others.
 
     Returns:
         input_ids, attention_mask and the rest, on the model's device. The answer is what `generate` adds behind
@@ -37,6 +47,7 @@ def prepare(
 
     Raises:
         BackboneError: a model that is not supported.
+        ConfigError: settings that contradict each other.
         MediaError: a file cannot be read; the message names the cure.
     """
     adapter = adapter_for(model)
@@ -44,7 +55,8 @@ def prepare(
     files = [media] if isinstance(media, str | Path) else media
     parts = tuple(MediaPart(kind_of(file), Path(file)) for file in files)
     content = [*({"type": part.kind} for part in parts), {"type": "text", "text": question}]
-    asked = Conversation("question", ({"role": "user", "content": content},), parts)
+    before = () if system is None else ({"role": "system", "content": system},)
+    asked = Conversation("question", (*before, {"role": "user", "content": content}), parts)
     sample = loader.sample(asked, loader.load(asked), generation_prompt=True)
     batch = collate([sample], pad_token_id=int(loader.preprocessor.tokenizer.pad_token_id)).to(adapter.thinker.device)
     # `generate` carries the sequence's own ids before the three rope rows.

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig, Qwen2_5OmniThinkerConfig, Qwen3OmniMoeThinkerConfig
 
 from omnisieve.backbones.families import family_of
+from omnisieve.backbones.protocols import protocol_of
 from omnisieve.config import MediaSection
 from omnisieve.data.feature_shards import stored_bytes
 
@@ -82,13 +83,19 @@ def cache_bytes(name: str, stored: str, seconds: float = 60.0, media: MediaSecti
         stored: "bfloat16", "float32" or "int8".
         seconds: length of the video.
         media: how it is sampled; the defaults when None. Its frames are taken to be as large as it allows.
+
+    Raises:
+        ConfigError: `media` asks for the processor's own sizes.
     """
     config, media = reference_config(name), media or MediaSection()
     family = family_of(config.model_type)
     assert family is not None, "there are shapes of supported families only"
     rules, vision = family.token_rules(config), config.vision_config
-    grids = -(-min(int(seconds * media.fps), media.max_frames) // rules.temporal_patch_size)
-    video = grids * (media.max_pixels // (vision.patch_size * rules.spatial_merge_size) ** 2)
+    protocol = protocol_of(media, config)
+    wanted = max(int(seconds * protocol.fps), protocol.min_frames)
+    frames = wanted if protocol.max_frames is None else min(wanted, protocol.max_frames)
+    grids = -(-frames // rules.temporal_patch_size)
+    video = grids * (protocol.frame_pixels(frames) // (vision.patch_size * rules.spatial_merge_size) ** 2)
     audio = rules.audio_tokens(int(min(seconds, media.audio.max_seconds) * _MEL_FRAMES_PER_SECOND))
     layers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     return stored_bytes(video * layers + audio, config.text_config.hidden_size, stored)

@@ -47,15 +47,35 @@ class AudioSection:
 class MediaSection:
     """How media files become encoder inputs. Visual tokens grow with fps, max_frames and max_pixels."""
 
-    fps: float = option(2.0, "frames per second read from a video; 2 frames make one grid of tokens")
-    max_frames: int = option(256, "longer videos are sampled more thinly over their whole length")
-    min_pixels: int = option(4 * 28 * 28, "smaller frames are enlarged to this; one token is 28 x 28 pixels")
-    max_pixels: int = option(320 * 28 * 28, "larger frames are reduced to this: at most 320 tokens per grid")
+    protocol: Literal["processor", "qwen_omni_utils", "omnisift", "omnizip", "seats"] | None = option(
+        None,
+        "how densely media are read, as published (docs/protocols.md): the keys from fps to total_pixels, and which "
+        "frames are taken; a key that is given counts instead. processor: sizes of the model's own processor. null: "
+        "qwen_omni_utils for a model with the released vocabulary, processor for another",
+    )
+    fps: float | None = option(
+        None, "frames per second read from a video; 2 frames make one grid of tokens; null: the protocol's, 2"
+    )
+    min_frames: int | None = option(None, "of a video that is that long; null: the protocol's")
+    max_frames: int | None = option(
+        None, "longer videos are sampled more thinly over their whole length; null: the protocol's"
+    )
+    min_pixels: int | None = option(
+        None,
+        "smaller frames and images are enlarged to this; a token is 28 x 28 pixels, of Qwen3-Omni 32 x 32; null: the "
+        "protocol's",
+    )
+    max_pixels: int | None = option(None, "larger frames and images are reduced to this; null: the protocol's")
+    total_pixels: int | None = option(
+        None, "of all frames of a video, by which those of long videos are smaller; null: the protocol's"
+    )
     audio: AudioSection = section(AudioSection)
     decode_seconds: float = option(60.0, "a file that takes longer to decode counts as broken")
     workers: int = option(2, "decoding processes per rank; raise it while the log shows data wait")
     feature_cache: str | None = option(
-        None, "folder of tools/cache_features.py; saves decoding and encoders; at 7B, up to 150 MB per minute of video"
+        None,
+        "folder of tools/cache_features.py; saves decoding and encoders; at 7B, up to 340 MB per minute of video, "
+        "150 under protocol omnisift",
     )
     feature_cache_dtype: Literal["bfloat16", "float32", "int8"] | None = option(
         None,
@@ -64,11 +84,14 @@ class MediaSection:
     )
 
     def __post_init__(self) -> None:
-        positive("data", self, "fps", "max_frames", "min_pixels", "max_pixels", "decode_seconds")
+        sampling = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
+        positive("data", self, "decode_seconds", *(name for name in sampling if getattr(self, name) is not None))
         positive("data.audio", self.audio, "max_seconds")
         not_negative("data", self, "workers")
-        if self.min_pixels > self.max_pixels:
-            raise ConfigError(f"data.min_pixels {self.min_pixels} is above data.max_pixels {self.max_pixels}")
+        for least, most in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise ConfigError(f"data.{least} {low} is above data.{most} {high}")
 
 
 @dataclass

@@ -12,6 +12,7 @@ import pickle
 import signal
 import struct
 import sys
+from fractions import Fraction
 from typing import Any, BinaryIO
 
 import av
@@ -31,6 +32,8 @@ DECLARING = frozenset({"mov", "matroska", "avi", "asf", "flv"})
 MIN_COMPLETE = 0.9
 """Share of the declared duration that must be in the file, and of the packets that must decode."""
 READY = b"\1"
+FRAME_FACTOR = 2
+"""Evenly spread frames come in such groups, the temporal patches of the models."""
 _CLOCK_TOLERANCE = 1e-3
 _AUDIO_GAP = 0.05
 
@@ -141,11 +144,11 @@ def _probe_video(
     except (av.error.InvalidDataError, StopIteration) as error:
         raise Failure("corrupt", "video", "the first frame does not decode") from error
     turned = round(frame.rotation / 90) % 2
-    sampled, step = _sampling(scan.video_end, request["fps"], request["max_frames"])
+    picks, step = _choose(scan, stream.average_rate, request)
     return {
         "seconds": scan.video_end, "frames": len(scan.times), "rotation": frame.rotation % 360,
         "width": frame.height if turned else frame.width, "height": frame.width if turned else frame.height,
-        "sampled": sampled, "seconds_per_frame": step,
+        "sampled": len(picks), "seconds_per_frame": step,
     }  # fmt: skip
 
 
@@ -170,24 +173,73 @@ def _video(
     path: str, index: int, scan: Scan, request: dict[str, Any], codec: str, seekable: bool
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Frames at the wanted rate, uint8 [F, H, W, 3], and their clock."""
-    end = scan.video_end
-    count, step = _sampling(end, request["fps"], request["max_frames"])
-    wanted = np.arange(count) * step
-    picks = np.searchsorted(scan.times, wanted + _CLOCK_TOLERANCE, side="right") - 1
-    picks = picks.clip(0)
+    with av.open(path) as container:
+        rate = next(s for s in container.streams.video if s.index == index).average_rate
+    picks, step = _choose(scan, rate, request)
     frames = _by_decord(path, picks, len(scan.times)) if codec in DECORD_CODECS and seekable else None
     backend = "decord" if frames is not None else "pyav"
     if frames is None:
         frames = _by_pyav(path, index, scan, picks, seekable)
-    return frames, {"seconds_per_frame": step, "duration": end, "backend": backend}
+    return frames, {"seconds_per_frame": step, "duration": scan.video_end, "backend": backend}
 
 
-def _sampling(end: float, fps: float, max_frames: int | None) -> tuple[int, float]:
+def _choose(scan: Scan, rate: Fraction | None, request: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Indices of the frames to take of a video, [F], and seconds between two of them.
+
+    Args:
+        scan: of the file.
+        rate: average frames per second that the stream states, if it does.
+        request: `placement`, `fps`, `min_frames`, `max_frames`.
+    """
+    fps, max_frames = request["fps"], request["max_frames"]
+    if request["placement"] == "even":
+        rate_or_mean = float(rate or 0) or len(scan.times) / scan.video_end
+        return spread(len(scan.times), rate_or_mean, fps, request["min_frames"], max_frames)
+    count, step = _steps(scan.video_end, fps, max_frames)
+    wanted = np.arange(count) * step
+    picks = np.searchsorted(scan.times, wanted + _CLOCK_TOLERANCE, side="right") - 1
+    return picks.clip(0), step
+
+
+def _steps(end: float, fps: float, max_frames: int | None) -> tuple[int, float]:
     """How many frames to take of a video that ends there, and seconds between two of them."""
     count = max(int(end * fps + 0.5), 1)
     if max_frames is not None and count > max_frames:
         return max_frames, end / max_frames
     return count, 1.0 / fps
+
+
+def spread(total: int, rate: float, fps: float, min_frames: int, max_frames: int | None) -> tuple[np.ndarray, float]:
+    """Frames as `smart_nframes` and `_read_video_decord` of qwen_omni_utils 0.0.9 choose them.
+
+    An even number of them, from the first frame to the last, by index: where the frame rate of a file changes, the
+    distance is that at its average rate. Of a file of one frame, which qwen_omni_utils refuses, that one.
+
+    Args:
+        total: frames of the file.
+        rate: its average frames per second.
+        fps, min_frames, max_frames: as for `media.MediaReader.read`.
+
+    Returns:
+        indices [F], and seconds between two frames.
+    """
+    least = -(-min_frames // FRAME_FACTOR) * FRAME_FACTOR
+    most = (total if max_frames is None else max_frames) // FRAME_FACTOR * FRAME_FACTOR
+    count = int(min(max(total / rate * fps, least), most, total)) // FRAME_FACTOR * FRAME_FACTOR
+    # A manifest may ask for a single frame, but a temporal patch has two in any case.
+    count = max(count, min(total, FRAME_FACTOR))
+    return _linspace(total - 1, count), 1 / (count / total * rate)
+
+
+def _linspace(last: int, count: int) -> np.ndarray:
+    """`torch.linspace(0, last, count).round().long()`, to the bit: float32, and the second half counted from the end.
+
+    What torch fuses into one rounding on CPUs with AVX2 or AVX-512 is one rounding from float64 here.
+    """
+    index = np.arange(count)
+    step = np.float64(np.float32(last) / np.float32(max(count - 1, 1)))
+    places = np.where(index < count // 2, step * index, last - step * (count - 1 - index))
+    return np.rint(places.astype(np.float32)).astype(np.int64)
 
 
 def _by_decord(path: str, picks: np.ndarray, frames: int) -> np.ndarray | None:
@@ -253,13 +305,15 @@ def _picture(frame: av.VideoFrame, before: list[np.ndarray]) -> np.ndarray:
 
 
 def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """Mono float32 [samples] at the file's own rate, on the clip's clock; None if the stream is empty."""
+    """Mean of the channels, float32 [samples] at the file's own rate, on the clip's clock; None if it is empty."""
     pieces: list[np.ndarray] = []
     written = packets = errors = 0
     with av.open(path) as container:
         stream = next(s for s in container.streams.audio if s.index == index)
         rate, length = stream.rate, (container.duration or 0) / av.time_base
-        mono = av.AudioResampler(format="fltp", layout="mono", rate=rate)
+        # Only to float32: what FFmpeg makes of several channels is louder than their mean. Not planar, because PyAV
+        # reads beyond the planes of eight channels.
+        packed = av.AudioResampler(format="flt", rate=rate)
         limit = None if max_seconds is None else round(max_seconds * rate)
         declared = _declared_end(stream, scan.start)
         for packet in container.demux(stream):
@@ -275,8 +329,9 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
                 if _AUDIO_GAP < gap < length:
                     pieces.append(np.zeros(round(gap * rate), dtype=np.float32))
                     written += len(pieces[-1])
-                for part in mono.resample(frame):
-                    pieces.append(part.to_ndarray()[0])
+                for part in packed.resample(frame):
+                    channels = part.to_ndarray().reshape(-1, part.layout.nb_channels)
+                    pieces.append(channels.mean(axis=1, dtype=np.float32))
                     written += len(pieces[-1])
             if limit is not None and written > limit + rate:
                 break

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from omnisieve.data.dataset import MediaLoader
+from omnisieve.data.dataset import MediaLoader, sampling_of
 from omnisieve.data.manifest import MediaPart
 from omnisieve.data.media import MediaError, MediaInfo, MediaReader, read_image
+from omnisieve.data.protocol import Protocol
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun
 
 Row = dict[str, Any]
@@ -25,10 +26,9 @@ _LATE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Sampling:
-    """How files are read: frames per second and at most, seconds of sound at most, seconds for decoding a file."""
+    """How files are read: which frames, seconds of sound at most, seconds for decoding a file."""
 
-    fps: float
-    max_frames: int
+    frames: Protocol | MediaLoader
     max_seconds: float
     decode_seconds: float
 
@@ -72,8 +72,9 @@ class Files(Dataset[Row]):
         tokens = None
         if self.loader is not None:
             processing = self.loader.preprocessor
-            tokens = [str(processing.rules), processing.video_size, processing.image_size]
-        asked = [part.fps or self.sampling.fps, part.max_frames or self.sampling.max_frames, self.sampling.max_seconds]
+            sizes = processing.video_size, processing.total_pixels, processing.image_size
+            tokens = [str(processing.rules), *sizes]
+        asked = [*sampling_of(part, self.sampling.frames).values(), self.sampling.max_seconds]
         return {
             "path": str(part.path),
             "kind": part.kind,
@@ -92,9 +93,8 @@ class Files(Dataset[Row]):
             height, width = read_image(part.path).shape[:2]
             run = None if self.loader is None else self.loader.load_part(part).run
             return {"width": width, "height": height, "run": None if run is None else asdict(run)}
-        fps, max_frames = part.fps or self.sampling.fps, part.max_frames or self.sampling.max_frames
-        video = part.kind == "video"
-        info = self.reader.probe(part.path, fps=fps, max_frames=max_frames, video=video)
+        sampling, video = sampling_of(part, self.sampling.frames), part.kind == "video"
+        info = self.reader.probe(part.path, video=video, **sampling)
         if not video and info.audio is None:
             raise MediaError(str(part.path), "audio", "no_stream", "there is no sound")
         run = None if self.loader is None else self.loader.size(info)
@@ -102,15 +102,17 @@ class Files(Dataset[Row]):
             run = self.loader.load_part(part).run
         elif self.decode:
             limit = self.sampling.max_seconds
-            self.reader.read(part.path, fps=fps, max_frames=max_frames, max_seconds=limit, video=video)
+            self.reader.read(part.path, max_seconds=limit, video=video, **sampling)
         return {**asdict(info), "notes": self.notes(part, info), "run": None if run is None else asdict(run)}
 
     def notes(self, part: MediaPart, info: MediaInfo) -> list[Row]:
         """What is usable but may surprise."""
         found = []
         if info.video is not None:
-            cap = part.max_frames or self.sampling.max_frames
-            if info.video.sampled == cap and info.video.seconds_per_frame > 1.01 / (part.fps or self.sampling.fps):
+            sampling = sampling_of(part, self.sampling.frames)
+            # A frame less, because evenly spread frames come in pairs.
+            capped = sampling["max_frames"] is not None and info.video.sampled >= sampling["max_frames"] - 1
+            if capped and info.video.seconds_per_frame > 1.01 / sampling["fps"]:
                 every = f"read every {info.video.seconds_per_frame:.2g} s"
                 found.append(note("thinned", every, "raise max_frames to see more"))
             if info.video.rotation:

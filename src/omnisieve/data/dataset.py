@@ -18,6 +18,7 @@ from omnisieve.data.length_limit import LengthLimit, TooLongError
 from omnisieve.data.manifest import Conversation, MediaPart
 from omnisieve.data.media import MediaError, MediaInfo, MediaReader, read_image
 from omnisieve.data.preprocess import Preprocessor
+from omnisieve.data.protocol import Placement, Protocol
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun, expand
 
 ATTEMPTS = 64
@@ -45,7 +46,9 @@ class MediaLoader:
         preprocessor: Preprocessor,
         *,
         fps: float = 2.0,
+        min_frames: int = 1,
         max_frames: int | None = None,
+        placement: Placement = "steps",
         audio_seconds: float | None = 300.0,
         decode_seconds: float = 60.0,
         cache: FeatureCache | None = None,
@@ -54,18 +57,22 @@ class MediaLoader:
         Args:
             preprocessor: frames and waveforms to encoder inputs.
             fps, max_frames: sampling of videos whose manifest line says nothing else.
+            min_frames, placement: of all videos; see `protocol.Protocol`.
             audio_seconds: longer sound is cut; None: never.
             decode_seconds: wall-clock limit for one file.
             cache: take encoder outputs from here; nothing is decoded then.
         """
         self.preprocessor = preprocessor
-        self.fps, self.max_frames, self.audio_seconds = fps, max_frames, audio_seconds
+        self.fps, self.min_frames, self.max_frames, self.placement = fps, min_frames, max_frames, placement
+        self.audio_seconds = audio_seconds
         self.reader = MediaReader(decode_seconds=decode_seconds)
         self.cache = cache
 
     def preprocessing(self, weights: str) -> dict[str, Any]:
         """What decides the encoders' outputs, for a feature cache; `weights` identifies the encoders' weights."""
-        return {
+        # Caches from before frames could be spread evenly stay valid where they are not.
+        even = {"placement": self.placement, "min_frames": self.min_frames} if self.placement != "steps" else {}
+        return even | {
             "fps": self.fps,
             "max_frames": self.max_frames,
             "audio_seconds": self.audio_seconds,
@@ -91,16 +98,12 @@ class MediaLoader:
             patches = self.preprocessor.image(read_image(part.path))
             return LoadedMedium(ImageRun(patches.grid), patches)
         clip = self.reader.read(
-            part.path,
-            fps=part.fps or self.fps,
-            max_frames=part.max_frames or self.max_frames,
-            max_seconds=self.audio_seconds,
-            video=part.kind == "video",
+            part.path, max_seconds=self.audio_seconds, video=part.kind == "video", **sampling_of(part, self)
         )
         mel = None if clip.audio is None else self.preprocessor.audio(clip.audio)
         tokens = 0 if mel is None else self.preprocessor.rules.audio_tokens(mel.shape[1])
         if clip.video is not None:
-            patches = self.preprocessor.video(clip.video)
+            patches = self.preprocessor.video(clip.video, part.max_pixels)
             return LoadedMedium(VideoRun(patches.grid, patches.seconds_per_grid, tokens), patches, mel)
         if mel is None:
             raise MediaError(str(part.path), "audio", "no_stream", "there is no sound, or less than 30 ms of it")
@@ -112,12 +115,7 @@ class MediaLoader:
         Raises:
             MediaError: the file cannot be used.
         """
-        return self.reader.probe(
-            part.path,
-            fps=part.fps or self.fps,
-            max_frames=part.max_frames or self.max_frames,
-            video=part.kind == "video",
-        )
+        return self.reader.probe(part.path, video=part.kind == "video", **sampling_of(part, self))
 
     def size(self, info: MediaInfo) -> VideoRun | AudioRun:
         """Tokens of a file with such content; of sound to within one or two, as the end that a file states may be."""
@@ -226,6 +224,16 @@ class OmniDataset(Dataset[Sample]):
         if self.limit is not None:
             return self.limit.read(conversation, self.loader)
         return self.loader.sample(conversation, self.loader.load(conversation))
+
+
+def sampling_of(part: MediaPart, default: Protocol | MediaLoader) -> dict[str, Any]:
+    """How a part is to be sampled, as arguments of `MediaReader.read`: what its manifest line says, else `default`."""
+    return {
+        "fps": part.fps or default.fps,
+        "min_frames": default.min_frames,
+        "max_frames": part.max_frames or default.max_frames,
+        "placement": default.placement,
+    }
 
 
 def substitute(index: int, attempt: int, length: int) -> int:

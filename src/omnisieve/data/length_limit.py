@@ -7,7 +7,7 @@ can be read more thinly is decoded once. What counts is the sample that was read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -75,12 +75,13 @@ class LengthLimit:
         slack = _SOUND_SLACK * sum(not isinstance(run, ImageRun) for run in runs)
         steps = videos.fewer(whole - self.max_tokens)
         self._check(conversation, whole - videos.saved(steps) - slack)
-        sample = _load(videos.thinned(conversation, steps), loader)
+        pixels = loader.preprocessor.frame_pixels
+        sample = _load(videos.thinned(conversation, steps, pixels), loader)
         # Now the length of the sound is known for certain.
         whole = len(sample.input_ids) + videos.saved(steps)
         certain = videos.fewer(whole - self.max_tokens)
         if not np.array_equal(certain, steps):
-            steps, sample = certain, _load(videos.thinned(conversation, certain), loader)
+            steps, sample = certain, _load(videos.thinned(conversation, certain, pixels), loader)
         self._check(conversation, len(sample.input_ids))
         return replace(sample, lowered=videos.lowered(conversation, steps, sample, whole))
 
@@ -119,12 +120,21 @@ class _Videos:
         enough = (self.steps - options) @ self.sizes >= excess
         return options[int(np.argmax(enough))] if enough.any() else options[-1]
 
-    def thinned(self, conversation: Conversation, steps: np.ndarray) -> Conversation:
-        """The conversation, with so many steps of its videos; over their whole length, as with any cap on frames."""
+    def thinned(
+        self, conversation: Conversation, steps: np.ndarray, frame_pixels: Callable[[int], int]
+    ) -> Conversation:
+        """The conversation, with so many steps of its videos; over their whole length, and in the same resolution.
+
+        Args:
+            conversation: whole.
+            steps: [V].
+            frame_pixels: see `Preprocessor.frame_pixels`.
+        """
         media = list(conversation.media)
         for place, count, whole in zip(self._places, steps.tolist(), self.steps.tolist(), strict=True):
             if count < whole:
-                media[place] = replace(media[place], max_frames=count * self._frames)
+                pixels = frame_pixels(whole * self._frames)
+                media[place] = replace(media[place], max_frames=count * self._frames, max_pixels=pixels)
         return replace(conversation, media=tuple(media))
 
     def lowered(

@@ -43,12 +43,17 @@ class ManifestError(DataError):
 
 @dataclass(frozen=True)
 class MediaPart:
-    """One medium of a conversation: `kind` "video", "audio" or "image", and how densely to sample a video."""
+    """One medium of a conversation: `kind` "video", "audio" or "image", and how densely to sample a video.
+
+    `max_pixels` of a frame is set where a video is read more thinly for a limit on tokens: under a cap on the whole
+    video, fewer frames would be larger. A manifest does not give it.
+    """
 
     kind: str
     path: Path
     fps: float | None = None
     max_frames: int | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)

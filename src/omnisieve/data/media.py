@@ -1,7 +1,7 @@
 """Media files to frames and waveforms, decoded in a child process with a wall-clock limit.
 
 Video goes through decord where it can (not AV1, not MPEG-TS), otherwise through PyAV; sound always through
-PyAV and then `torchaudio.functional.resample`. The clip's clock starts where its first stream starts. What a
+PyAV, then the mean of its channels is resampled. The clip's clock starts where its first stream starts. What a
 file gives:
 
 | file | result |
@@ -14,6 +14,7 @@ file gives:
 | rotated by a display matrix, or EXIF | frames upright |
 | 0.3 s | at least one frame (a temporal patch is filled by repeating the last frame, see `preprocess`) |
 | more frames than `max_frames` | spread evenly; `seconds_per_frame` is the real one |
+| frame rate that changes | "steps" go by time; "even" by index, at the average rate |
 | file that is not there, a folder | `MediaError`, kind "missing" |
 | 0 bytes | "empty" |
 | text or something else under a media suffix | "not_media" |
@@ -47,10 +48,14 @@ import torchaudio
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omnisieve.data.errors import DataError
+from omnisieve.data.protocol import Placement
 
 logger = logging.getLogger(__name__)
 
 SAMPLING_RATE = 16_000
+_LIKE_SOXR_HQ: dict[str, Any] = {
+    "lowpass_filter_width": 68, "rolloff": 0.956, "resampling_method": "sinc_interp_kaiser", "beta": 8.0,
+}  # fmt: skip
 _RECYCLE_AFTER = 500
 _START_SECONDS = 60.0
 # The child finds libraries where this process found them, whatever put them on the path here.
@@ -95,7 +100,7 @@ class VideoFrames:
 
     Attributes:
         frames: uint8 [F, H, W, 3], upright RGB.
-        seconds_per_frame: distance of two frames; 1 / fps unless the cap on frames spread them out.
+        seconds_per_frame: distance of two frames; 1 / fps if the protocol goes by steps and no cap spread them out.
         duration: seconds of the whole video.
         backend: "decord" or "pyav".
     """
@@ -108,7 +113,10 @@ class VideoFrames:
 
 @dataclass(frozen=True)
 class Clip:
-    """What was read of a file: `video` if asked for, `audio` float32 [samples] at 16 kHz if it has sound."""
+    """What was read of a file: `video` if asked for, `audio` float32 [samples] at 16 kHz if it has sound.
+
+    Sound is the mean of all channels, as `librosa.load` gives it.
+    """
 
     video: VideoFrames | None
     audio: np.ndarray | None
@@ -173,7 +181,9 @@ class MediaReader:
         path: str | Path,
         *,
         fps: float = 2.0,
+        min_frames: int = 1,
         max_frames: int | None = None,
+        placement: Placement = "steps",
         max_seconds: float | None = None,
         video: bool = True,
     ) -> Clip:
@@ -182,7 +192,8 @@ class MediaReader:
         Args:
             path: mp4, webm, mkv, or anything else FFmpeg decodes.
             fps: frames per second of the result.
-            max_frames: at most so many, spread evenly over the clip.
+            min_frames, max_frames: at least and at most so many; see `protocol.Protocol`.
+            placement: which frames; see `protocol.Protocol`.
             max_seconds: sound beyond is cut off.
             video: whether frames are wanted; sound comes if there is any.
 
@@ -190,8 +201,9 @@ class MediaReader:
             MediaError: see the table above. DataError: no decoding process can be started.
         """
         answer, arrays = self._request(
-            path, fps=float(fps), max_frames=max_frames, max_seconds=max_seconds, video=video, probe=False
-        )
+            path, fps=float(fps), min_frames=min_frames, max_frames=max_frames, placement=placement,
+            max_seconds=max_seconds, video=video, probe=False,
+        )  # fmt: skip
         frames = VideoFrames(arrays.pop(0), **answer["video"]) if video else None
         wave = None
         if "audio" in answer:
@@ -200,14 +212,24 @@ class MediaReader:
         return Clip(frames, wave)
 
     def probe(
-        self, path: str | Path, *, fps: float = 2.0, max_frames: int | None = None, video: bool = True
+        self,
+        path: str | Path,
+        *,
+        fps: float = 2.0,
+        min_frames: int = 1,
+        max_frames: int | None = None,
+        placement: Placement = "steps",
+        video: bool = True,
     ) -> MediaInfo:
         """Look at a file's packets and its first frame, and at nothing else; arguments as for `read`.
 
         Raises:
             MediaError: the file cannot be used. Damage inside the streams is found by `read` only.
         """
-        answer, _ = self._request(path, fps=float(fps), max_frames=max_frames, video=video, probe=True)
+        answer, _ = self._request(
+            path, fps=float(fps), min_frames=min_frames, max_frames=max_frames, placement=placement, video=video,
+            probe=True,
+        )  # fmt: skip
         return MediaInfo(
             tuple(answer["streams"]),
             None if answer["video"] is None else VideoInfo(**answer["video"]),
@@ -337,9 +359,14 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
+    """At 16 kHz, by a filter that was fitted to the soxr HQ of `librosa.load`, with which models were trained.
+
+    On recorded speech, music and noise, log-mel spectrograms differ from soxr's by 0.012 at most and 0.0002 on average;
+    with torchaudio's default filter by 0.7 and 0.005, in the highest bins.
+    """
     if rate == SAMPLING_RATE:
         return wave
-    return torchaudio.functional.resample(torch.from_numpy(wave), rate, SAMPLING_RATE).numpy()
+    return torchaudio.functional.resample(torch.from_numpy(wave), rate, SAMPLING_RATE, **_LIKE_SOXR_HQ).numpy()
 
 
 def check_file(path: str | Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import transformers
 from omnisieve import __version__
 from omnisieve.backbones import BackboneError, adapter_for, load_backbone
 from omnisieve.backbones.loading import hidden_size_of
-from omnisieve.backbones.media import check_media, media_loader
+from omnisieve.backbones.media import check_media, load_processor, media_loader
+from omnisieve.backbones.protocols import protocol_of
 from omnisieve.compressors import CompressorError
 from omnisieve.config import ConfigError, EvalConfig
 from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import Manifest
+from omnisieve.data.protocol import Protocol
 from omnisieve.evaluation.benchmarks import Benchmark, ManifestBenchmark, with_questions
 from omnisieve.evaluation.methods import Method, check_methods, resolve_methods
 from omnisieve.evaluation.report import Cell, EvaluationError, make_report
@@ -40,10 +43,11 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], list[Cell]]:
     methods = resolve_methods(config.entries, config.settings, config.plugins)
     check_methods(methods, config.ratios, hidden_size_of(config.model.path))
     model, benchmark = open_benchmark(config)
+    protocol = protocol_of(config.data, adapter_for(model).thinker.config, load_processor(config.model.path))
     results = run(config, model, benchmark, methods)
     report = make_report(
         results.cells,
-        environment(config, results, str(model.device)),
+        environment(config, protocol, results, str(model.device)),
         methods={method.label: _describe(method, config) for method in methods},
         failures=results.failures,
         decoder=results.decoder,
@@ -98,9 +102,8 @@ def run(config: EvalConfig, model: Any, benchmark: Benchmark, methods: Sequence[
     return evaluation.run()
 
 
-def environment(config: EvalConfig, results: Results, device: str) -> dict[str, Any]:
+def environment(config: EvalConfig, protocol: Protocol, results: Results, device: str) -> dict[str, Any]:
     """What a reader must know to repeat the numbers."""
-    data = config.data
     return {
         "omnisieve": __version__,
         "torch": torch.__version__,
@@ -115,10 +118,9 @@ def environment(config: EvalConfig, results: Results, device: str) -> dict[str, 
         "encoder_attn_implementation": config.model.encoder_attn_implementation,
         "manifest": config.manifest,
         "protocol": {
-            "fps": data.fps,
-            "max_frames": data.max_frames,
-            "pixels_per_frame": [data.min_pixels, data.max_pixels],
-            "audio_seconds": data.audio.max_seconds,
+            **asdict(protocol),
+            "audio_seconds": config.data.audio.max_seconds,
+            "sound": "the mean of all channels",
             "prompt": "the manifest's question alone, media first, by the model's chat template",
             "decoding": f"greedy, at most {config.max_new_tokens} new tokens",
             "right": "equal to the manifest's answer up to case, punctuation, articles and spacing",
