@@ -21,9 +21,9 @@ from omnisieve.training.distributed import Ranks
 from omnisieve.training.engine import sharded_loading
 from omnisieve.training.streams import Streams
 from omnisieve.training.trainer import Trainer
-from tests.backbones.test_released_names import released
 from tests.distributed.launch import run_distributed
 from tests.models import FAMILIES, QWEN3, tiny_config, tiny_thinker
+from tests.published_layout import named_as_released
 from tests.training.batches import CLIPS
 from tests.training.runs import Loader, make_config, make_module
 
@@ -35,7 +35,9 @@ LORA = LoraSection(rank=4, targets=["q_proj", "v_proj"])
 
 def release(folder: Path, family: str) -> None:
     """A whole model as it is released: other names, towers and thinker under a prefix."""
-    save_file(dict(released(tiny_thinker(family=family))), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        dict(named_as_released(tiny_thinker(family=family))), folder / "model.safetensors", metadata={"format": "pt"}
+    )
     config = Qwen3OmniMoeConfig if family == QWEN3 else Qwen2_5OmniConfig
     config(thinker_config=tiny_config(family=family).to_dict(), enable_audio_output=False).save_pretrained(folder)
 

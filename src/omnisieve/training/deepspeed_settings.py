@@ -73,8 +73,16 @@ def deepspeed_config(config: TrainConfig, trainable: int | None = None) -> dict[
     return _merge(own, train.deepspeed)
 
 
-def bucket_elements(trainable: int) -> int:
-    """Elements of a bucket that gradients of so many parameters are reduced in; DeepSpeed wants it aligned."""
+def bucket_elements(trainable: int, given: Mapping[str, Any] | None = None) -> int:
+    """Elements of the buckets that gradients are reduced in.
+
+    Args:
+        trainable: parameters that learn; DeepSpeed wants their number aligned.
+        given: `train.deepspeed`, which may set another size.
+    """
+    zero = (given or {}).get(_ZERO, {})
+    if "reduce_bucket_size" in zero:
+        return int(zero["reduce_bucket_size"])
     aligned = -(-max(trainable, 1) // _ALIGNMENT) * _ALIGNMENT
     return min(aligned, LARGEST_BUCKET)
 
