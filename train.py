@@ -30,15 +30,17 @@ def main() -> int:
         return fail(error)
     # Imported only now, so that help and mistakes in the configuration show at once.
     from omnisieve.training import USER_ERRORS, build_trainer, check_run, connect, leave, rehearse, summary
+    from omnisieve.training.memory import memory
 
     try:
         if os.environ.get("RANK", "0") == "0":
             print(f"checking {config.model.path} and the data", file=sys.stderr, flush=True)
         check_run(config)
         ranks = connect()
+        before = memory(ranks.device)["process"]
         trainer = build_trainer(config, ranks)
         if DRY_RUN in sys.argv:
-            text = rehearse(trainer, config)
+            text = rehearse(trainer, config, before)
         else:
             trainer.fit()
             text = summary(config)

@@ -141,7 +141,12 @@ def test_the_log_says_where_time_and_memory_go(results):
     lines = (results[2][0] / "whole" / "metrics.jsonl").read_text().splitlines()
     names = {name for name in json.loads(lines[0]) if name.startswith(("seconds/", "memory_gib/"))}
     laps = ("step", "data_wait", "rank_wait", "encoders", "forward", "backward", "optimiser")
-    assert names == {*(f"seconds/{lap}" for lap in laps), "memory_gib/process", "memory_gib/machine_free"}
+    assert names == {
+        *(f"seconds/{lap}" for lap in laps),
+        "memory_gib/process",
+        "memory_gib/process_peak",
+        "memory_gib/machine_free",
+    }
 
 
 def test_pictures_of_a_resumed_run_are_those_of_an_uninterrupted_one(results):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,12 +14,12 @@ def memory(device: torch.device) -> dict[str, float]:
     """What is in use; nothing waits for the device.
 
     Returns:
-        "process": resident on the host. "machine_free": what its programs could still get. Of an accelerator:
-        "allocated" by tensors, "reserved" by torch, and "peak" of what was allocated since the last call.
+        "process": resident on the host, and "process_peak", the most that ever was. "machine_free": what the machine's
+        programs could still get. Of an accelerator: "allocated" by tensors, "reserved" by torch, and "peak" of what was
+        allocated since the last call.
     """
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    found = {"process": float(resident), "machine_free": 1024.0 * int(lines["MemAvailable"].split()[0])}
+    own, machine = _table("/proc/self/status"), _table("/proc/meminfo")
+    found = {"process": own("VmRSS"), "process_peak": own("VmHWM"), "machine_free": machine("MemAvailable")}
     if device.type != "cpu":
         counters = torch.get_device_module(device)
         found["allocated"] = counters.memory_allocated(device)
@@ -27,3 +27,9 @@ def memory(device: torch.device) -> dict[str, float]:
         found["peak"] = counters.max_memory_allocated(device)
         counters.reset_peak_memory_stats(device)
     return {name: size / _GIB for name, size in found.items()}
+
+
+def _table(path: str) -> Callable[[str], float]:
+    """Looks up entries of a table of the kernel's, in bytes."""
+    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
+    return lambda name: 1024.0 * int(lines[name].split()[0])

@@ -9,19 +9,21 @@ from collections.abc import Mapping
 import torch
 
 from omnisieve.config import TrainConfig
-from omnisieve.training.estimate import sizes_of, table
+from omnisieve.training.estimate import estimate, sizes_of, table
+from omnisieve.training.memory import memory
 from omnisieve.training.meter import quality
 from omnisieve.training.trainer import Trainer
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def rehearse(trainer: Trainer, config: TrainConfig) -> str:
+def rehearse(trainer: Trainer, config: TrainConfig, before: float) -> str:
     """Do one step and leave no checkpoint, log or export; then say what it met.
 
     Args:
         trainer: of the run, not yet started; spent afterwards.
         config: of the run.
+        before: GiB that this process took before anything was loaded.
 
     Returns:
         lines to print: the batch, the loss, times, and the memory of a rank for several numbers of ranks.
@@ -34,6 +36,8 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> str:
     seconds = time.perf_counter() - start
     sizes = sizes_of(trainer.module, max(window, key=lambda batch: batch.layout.length), config)
     device = trainer.engine.device
+    measured = peak_bytes(device, before)
+    expected = estimate(config, sizes, trainer.world_size).device
     lines = [
         f"One step of {len(window)} forwards a rank in {seconds:.1f} s, which includes decoding and all first starts.",
         "",
@@ -47,11 +51,18 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> str:
         f"Memory of a rank in GiB, estimated for forwards of {sizes.tokens:,} tokens in the LLM, the longest one here",
         "(what is kept, and the candidates of the masked route):",
         *table(config, sizes, RANKS, device_bytes(device)),
+        f"Measured in this step on the first rank: {measured / 2**30:.2f} GiB at its peak"
+        + (f", beside {before:.2f} GiB of libraries" if device.type == "cpu" else "")
+        + f"; estimated {expected / 2**30:.2f}.",
     ]
-    if device.type != "cpu":
-        peak = torch.get_device_module(device).max_memory_allocated(device)
-        lines.append(f"Measured in this step on the first rank: {peak / 2**30:.1f} GiB at its peak.")
     return "\n".join(lines)
+
+
+def peak_bytes(device: torch.device, before: float) -> int:
+    """The most that was ever allocated; on a CPU, that was resident beyond the `before` GiB of the start."""
+    if device.type == "cpu":
+        return round((memory(device)["process_peak"] - before) * 2**30)
+    return int(torch.get_device_module(device).max_memory_allocated(device))
 
 
 def answers(sums: Mapping[str, float]) -> list[str]:

@@ -105,6 +105,11 @@ class Trainer:
                 tqdm.write(f"ended on request after step {self.step}, go on with train.resume=auto", file=sys.stderr)
             self._interruption.honoured = self._stopping or self._interruption.asked
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._ranks.world_size
+
     def rehearse(self) -> tuple[list[Batch], dict[str, float]]:
         """Do the first step and write nothing; for a look before a long run, which this trainer then cannot do.
 
