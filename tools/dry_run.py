@@ -19,7 +19,7 @@ import torch
 from omnisieve.backbones import Adapter, BackboneError, Estimator, adapter_for
 from omnisieve.backbones.families import family_of
 from omnisieve.backbones.protocols import protocol_of
-from omnisieve.backbones.reference import SHAPES, reference_config
+from omnisieve.backbones.reference import SHAPES, cache_bytes, reference_config
 from omnisieve.compressors import CompressorError
 from omnisieve.config import ConfigError, TrainConfig, WarmStartSection, read_config
 from omnisieve.data.batch import Batch, Features
@@ -33,6 +33,8 @@ from omnisieve.training.rehearsal import RANKS
 
 TEXT_ID, TEXT_TOKENS, ANSWER_TOKENS = 0, 60, 40
 MEL_FRAMES_PER_SECOND = 100
+BYTES_IN_FLOAT32, BYTES_IN_BFLOAT16 = 16, 14
+"""What a checkpoint holds of a trainable parameter: itself, what the optimiser updates, and two moments."""
 
 
 def main(argv: list[str]) -> int:
@@ -73,7 +75,12 @@ def main(argv: list[str]) -> int:
     with module.attached():
         loss = module(batch)["loss"]
         loss.backward()
-    for line in (*summary(module, batch), "", *memory(module, batch, config, args.device_gib)):
+    for line in (
+        *summary(module, batch),
+        *on_disk(module, config, args.shapes),
+        "",
+        *memory(module, batch, config, args.device_gib),
+    ):
         print(line)
     return 0
 
@@ -129,6 +136,18 @@ def summary(module: TrainingModule, batch: Batch) -> list[str]:
         f"  video, kept          {int(batch.layout.counts(Modality.VIDEO)[0]):>15,} {int(budget.video[0]):>9,}",
         f"  audio, kept          {int(batch.layout.counts(Modality.AUDIO)[0]):>15,} {int(budget.audio[0]):>9,}",
         f"trainables without a gradient: {', '.join(untouched) or 'none'}",
+    ]
+
+
+def on_disk(module: TrainingModule, config: TrainConfig, shapes: str) -> list[str]:
+    """What a checkpoint and a feature cache will take."""
+    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    checkpoint = learning * (BYTES_IN_BFLOAT16 if trains_in_bfloat16(config) else BYTES_IN_FLOAT32)
+    stored = config.data.feature_cache_dtype or config.model.dtype
+    cache = cache_bytes(shapes, stored, seconds=60.0, media=config.data)
+    return [
+        f"a checkpoint           {checkpoint / 1e6:>15,.0f} MB",
+        f"a feature cache        {cache / 1e6:>15,.0f} MB a minute of video at most, in {stored}",
     ]
 
 

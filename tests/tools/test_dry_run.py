@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from tools import dry_run
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {
     "omnisift_qwen2_5_omni_3b": ("qwen2_5_omni_3b", "4,703,464,448", "3,322,119"),
     "omnisift_qwen2_5_omni_7b": ("qwen2_5_omni_7b", "8,931,813,888", "4,894,983"),
@@ -21,6 +25,15 @@ def test_one_step_of_a_recipe_on_real_shapes(recipe: str, capsys: pytest.Capture
     assert frozen in printed
     assert trainable in printed
     assert "without a gradient: none" in printed
+    # The recipe's comments have the same figures.
+    written = (ROOT / "recipes" / f"{recipe}.yaml").read_text()
+    for noun, said in (
+        ("checkpoint", r"a checkpoint is ([\d,]+) MB"),
+        ("feature cache", r"at most ([\d,]+) MB a minute"),
+    ):
+        found = re.search(said, written)
+        if found or noun == "feature cache":
+            assert re.search(rf"a {noun} +{found[1]} MB", printed), noun
     by_ranks = {line.split()[0]: line for line in printed.splitlines() if line[:5].strip().isdigit()}
     assert " fits 80 GiB" in by_ranks["8"]
 
