@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +26,7 @@ from tests.published_layout import (
     RELEASES,
     GenerationConfig,
     chat_template,
+    released_ranks,
     save_release,
 )
 
@@ -148,6 +150,21 @@ def test_exports_merge_and_are_evaluated(
         report, cells = evaluate(config)
         assert [row["accuracy"] for row in report["rows"]] == [100.0] * len(methods)
         assert {answer.predicted for cell in cells for answer in cell.answers} == {"bc"}
+
+
+@pytest.mark.slow
+def test_the_released_vocabulary_answers_too(clip: Path, tmp_path: Path) -> None:
+    try:
+        ranks = released_ranks()
+    except PackageNotFoundError:
+        pytest.skip("dashscope is not installed; see CONTRIBUTING.md: slow tests")
+    folder = save_release(tmp_path / "release", ranks=ranks)
+    model, processor = load_backbone(folder, "auto"), load_processor(folder)
+    assert processor.tokenizer("Hello world, how are you?").input_ids == [9707, 1879, 11, 1246, 525, 498, 30]
+    for text in ("How are you?", "你好世界 😀", "naïve café\n\n  42 x"):
+        assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
+    prompt = prepare(model, processor, clip, "What is heard?", settings=SHORT)
+    assert answers(model, prompt) == [[*ANSWER, MESSAGE_END]]
 
 
 def test_the_chat_template_renders_as_released() -> None:

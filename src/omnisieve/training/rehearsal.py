@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from omnisieve.training.memory import memory
 from omnisieve.training.meter import quality
 from omnisieve.training.trainer import Trainer
 
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -31,6 +33,8 @@ def rehearse(trainer: Trainer, config: TrainConfig, before: float) -> str:
     Raises:
         TrainingError: the step has nothing to learn from, or is not finite.
     """
+    if trainer.engine.device.type == "cpu":
+        return_freed_memory()
     start = time.perf_counter()
     window, sums = trainer.rehearse()
     seconds = time.perf_counter() - start
@@ -56,6 +60,15 @@ def rehearse(trainer: Trainer, config: TrainConfig, before: float) -> str:
         + f"; estimated {expected / 2**30:.2f}.",
     ]
     return "\n".join(lines)
+
+
+def return_freed_memory() -> None:
+    """From now on large blocks go back to the system when they are freed, so that what is resident is what is used.
+
+    glibc keeps blocks of up to 32 MB for later and scatters small ones among them: a gigabyte at 3B. Returning them
+    costs time, so a run itself does not.
+    """
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def peak_bytes(device: torch.device, before: float) -> int:
