@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the folder is made by what the tests make theirs with
@@ -192,15 +194,20 @@ def high_water(pid: int) -> int:
 
 
 def describe(model: Path) -> dict[str, Any]:
-    """Sizes of a folder, from its files."""
-    index = json.loads((model / "model.safetensors.index.json").read_text())
+    """Sizes of a folder's thinker, from its files."""
     config = json.loads((model / "config.json").read_text())["thinker_config"]["text_config"]
+    parameters = 0
+    shards = sorted(model.glob("*.safetensors"))
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            names = [name for name in file.keys() if name.startswith("thinker.")]  # noqa: SIM118
+            parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     return {
-        "parameters": index["metadata"]["total_size"] // 2,
+        "parameters": parameters,
         "layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
-        "weights_gib": round(index["metadata"]["total_size"] / GIB, 2),
-        "shards": len(set(index["weight_map"].values())),
+        "weights_gib": round(2 * parameters / GIB, 2),
+        "shards": len(shards),
     }
 
 

@@ -3,8 +3,9 @@
     python tools/update_tables.py            # rewrites
     python tools/update_tables.py --check    # exits 1 if a document is out of date
 
-A table stands between `<!-- table: results/FILE.json -->` and `<!-- end of table -->`; FILE is a `report.json`. With
-`by ratio` behind the file it has a column for each ratio instead of a row, and accuracies alone.
+A table stands between `<!-- table: results/FILE.json -->` and `<!-- end of table -->`; FILE is a `report.json`, or what
+tools/true_shape.py or tools/bench.py wrote. With `by ratio` behind a report it has a column for each ratio instead of a
+row, and accuracies alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from omnisieve.evaluation.report import markdown, markdown_by_ratio
 
@@ -55,9 +57,54 @@ def refreshed(path: Path) -> str:
 
 
 def table(source: str, *, by_ratio: bool) -> str:
-    """The Markdown of a report."""
+    """The Markdown of a file of results."""
     report = json.loads((ROOT / source).read_text(encoding="utf-8"))
+    if "shape" in report:
+        return of_true_shape(report)
+    if report.get("benchmark") == "towers":
+        return of_towers(report)
     return markdown_by_ratio(report) if by_ratio else markdown(report)
+
+
+def of_true_shape(report: dict[str, Any]) -> str:
+    """What tools/true_shape.py measured."""
+    model, memory, tokens = report["model"], report["memory"], report["tokens"]
+    step = report["first_step_seconds"]
+    environment = report["environment"]
+    parts = ", ".join(f"{name} {step[name]:.0f}" for name in ("encoders", "forward", "backward"))
+    return "\n".join(
+        [
+            f"{model['parameters']:,} random bfloat16 parameters, {model['layers']} layers of width "
+            f"{model['hidden_size']}; a clip of {tokens['video']:,} video and {tokens['audio']:,} audio tokens, of which "
+            f"{tokens['video kept'] + tokens['audio kept']:,} stay. {environment['cores']} cores ({environment['cpu']}), "
+            f"torch {environment['torch']}, transformers {environment['transformers']}.",
+            "",
+            "| program | seconds | peak of its process, GiB |",
+            "|---|---|---|",
+            *(
+                f"| {name.replace('_', ' ')} | {program['seconds']:.0f} | {program['peak_gib']:.1f} |"
+                for name, program in report["programs"].items()
+            ),
+            "",
+            f"One step: {step['step']:.0f} s ({parts}); from the feature cache "
+            f"{report['step_from_cache_seconds']['step']:.0f} s. Memory of a step beside {memory['libraries_gib']:.1f} GiB of "
+            f"libraries: {memory['estimated_gib']:.2f} GiB estimated, {memory['measured_gib']:.2f} measured "
+            f"({memory['estimate_minus_measured_percent']:+.1f} %). A checkpoint: {report['checkpoint_mb']:.0f} MB; the "
+            f"export: {report['export_mb']:.0f} MB.",
+            "",
+        ]
+    )
+
+
+def of_towers(report: dict[str, Any]) -> str:
+    """What `tools/bench.py towers` measured."""
+    rows = [
+        f"| {row['hidden']} | {row['calls']['stock']:,} | {row['calls']['batched']:,} | {row['seconds']['stock']:.2f} | "
+        f"{row['seconds']['batched']:.2f} | {row['ratio']:.1f} |"
+        for row in report["widths"]
+    ]
+    head = "| width | calls, stock | calls, batched | seconds, stock | seconds, batched | ratio |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows, ""])
 
 
 if __name__ == "__main__":

@@ -22,3 +22,8 @@ def test_a_changed_number_is_noticed_and_mended(form: str, tmp_path: Path, monke
     assert update_tables.main([]) == 0
     assert "99" not in (tmp_path / "README.md").read_text()
     assert update_tables.main(["--check"]) == 0
+
+
+def test_figures_of_a_true_shape_and_of_towers_have_tables() -> None:
+    assert "| train | " in update_tables.table("results/true_shape_3b.json", by_ratio=False)
+    assert update_tables.table("results/bench_towers.json", by_ratio=False).startswith("| width | calls, stock")
