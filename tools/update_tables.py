@@ -68,43 +68,47 @@ def table(source: str, *, by_ratio: bool) -> str:
 
 def of_true_shape(report: dict[str, Any]) -> str:
     """What tools/true_shape.py measured."""
-    model, memory, tokens = report["model"], report["memory"], report["tokens"]
-    step = report["first_step_seconds"]
-    environment = report["environment"]
+    model, memory, tokens, machine = (report[name] for name in ("model", "memory", "tokens", "environment"))
+    step, cached = report["first_step_seconds"], report["step_from_cache_seconds"]
     parts = ", ".join(f"{name} {step[name]:.0f}" for name in ("encoders", "forward", "backward"))
-    return "\n".join(
-        [
-            f"{model['parameters']:,} random bfloat16 parameters, {model['layers']} layers of width "
-            f"{model['hidden_size']}; a clip of {tokens['video']:,} video and {tokens['audio']:,} audio tokens, of which "
-            f"{tokens['video kept'] + tokens['audio kept']:,} stay. {environment['cores']} cores ({environment['cpu']}), "
-            f"torch {environment['torch']}, transformers {environment['transformers']}.",
-            "",
-            "| program | seconds | peak of its process, GiB |",
-            "|---|---|---|",
-            *(
-                f"| {name.replace('_', ' ')} | {program['seconds']:.0f} | {program['peak_gib']:.1f} |"
-                for name, program in report["programs"].items()
-            ),
-            "",
-            f"One step: {step['step']:.0f} s ({parts}); from the feature cache "
-            f"{report['step_from_cache_seconds']['step']:.0f} s. Memory of a step beside {memory['libraries_gib']:.1f} GiB of "
-            f"libraries: {memory['estimated_gib']:.2f} GiB estimated, {memory['measured_gib']:.2f} measured "
-            f"({memory['estimate_minus_measured_percent']:+.1f} %). A checkpoint: {report['checkpoint_mb']:.0f} MB; the "
-            f"export: {report['export_mb']:.0f} MB.",
-            "",
-        ]
-    )
+    kept = tokens["video kept"] + tokens["audio kept"]
+    rows = [
+        f"| {name.replace('_', ' ')} | {program['seconds']:.0f} | {program['peak_gib']:.1f} |"
+        for name, program in report["programs"].items()
+    ]
+    lines = [
+        f"{model['parameters']:,} random bfloat16 parameters, {model['layers']} layers of width "
+        f"{model['hidden_size']}; a clip of {tokens['video']:,} video and {tokens['audio']:,} audio tokens, of which "
+        f"{kept:,} stay.",
+        f"{machine['cores']} cores, {machine['cpu']}; torch {machine['torch']}, transformers "
+        f"{machine['transformers']}.",
+        "",
+        "| program | seconds | peak of its process, GiB |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"A step takes {step['step']:.0f} s ({parts}), from the feature cache {cached['step']:.0f} s. Its memory",
+        f"beside {memory['libraries_gib']:.1f} GiB of libraries: {memory['estimated_gib']:.2f} GiB estimated, "
+        f"{memory['measured_gib']:.2f} measured ({memory['estimate_minus_measured_percent']:+.1f} %).",
+        "The peaks in the table include libraries and what the C library's heap keeps for later. A checkpoint has",
+        f"{report['checkpoint_mb']:.0f} MB, the export {report['export_mb']:.0f} MB.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def of_towers(report: dict[str, Any]) -> str:
     """What `tools/bench.py towers` measured."""
-    rows = [
-        f"| {row['hidden']} | {row['calls']['stock']:,} | {row['calls']['batched']:,} | {row['seconds']['stock']:.2f} | "
-        f"{row['seconds']['batched']:.2f} | {row['ratio']:.1f} |"
-        for row in report["widths"]
+    lines = [
+        "| width | calls, stock | calls, batched | seconds, stock | seconds, batched | ratio |",
+        "|---|---|---|---|---|---|",
     ]
-    head = "| width | calls, stock | calls, batched | seconds, stock | seconds, batched | ratio |"
-    return "\n".join([head, "|---|---|---|---|---|---|", *rows, ""])
+    for row in report["widths"]:
+        calls, seconds = row["calls"], row["seconds"]
+        cells = [f"{row['hidden']}", f"{calls['stock']:,}", f"{calls['batched']:,}"]
+        cells += [f"{seconds['stock']:.2f}", f"{seconds['batched']:.2f}", f"{row['ratio']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

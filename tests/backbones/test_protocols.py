@@ -73,10 +73,14 @@ def test_a_single_key_counts_instead_of_its_value_alone(key: str, value: float) 
 def test_what_cannot_be_names_the_keys() -> None:
     with pytest.raises(ConfigError, match=r"'omnisifft' is none of .*; the nearest is 'omnisift'"):
         protocol_of(MediaSection(protocol="omnisifft"), SEVEN_B)
-    with pytest.raises(ConfigError, match=r"data\.min_pixels 100352 is above data\.max_pixels 6272 .*give both"):
+    with pytest.raises(ConfigError, match=r"data\.min_pixels 100352 is above data\.max_pixels 6272 .*set both"):
         protocol_of(MediaSection(max_pixels=6272), SEVEN_B)
     with pytest.raises(ConfigError, match=r"data\.min_frames has no meaning under data\.protocol processor"):
         protocol_of(MediaSection(protocol="processor", min_frames=8), SEVEN_B, stock_processor())
+    with pytest.raises(ConfigError, match=r"data\.min_frames 1000 is above data\.max_frames 768"):
+        protocol_of(MediaSection(min_frames=1000), SEVEN_B)
+    with pytest.raises(ConfigError, match=r"data\.max_frames 1 .*takes 2 at least"):
+        protocol_of(MediaSection(min_frames=1, max_frames=1), SEVEN_B)
     with pytest.raises(ConfigError, match="needs the processor of a model"):
         protocol_of(MediaSection(protocol="processor"), SEVEN_B)
 
@@ -90,12 +94,13 @@ def test_files_are_read_by_the_resolved_values() -> None:
     assert (key["placement"], key["min_frames"], key["total_pixels"]) == ("even", 4, 90_316_800)
 
 
-def test_a_cache_of_the_testbed_from_before_protocols_stays_valid() -> None:
+def test_the_key_of_a_testbed_cache_says_what_it_said_and_how_sound_is_read() -> None:
     loader = reader(stock_processor(), adapter_for(stock_thinker()), MediaSection(max_frames=256, max_pixels=250_880))
     key = loader.preprocessing("weights")
     size = {"shortest_edge": 3136, "longest_edge": 250_880}
     assert (key["fps"], key["max_frames"]) == (2.0, 256)
     assert (key["video_size"].items(), key["image_size"].items()) >= (size.items(), size.items())
+    assert key.pop("sound") == "mean of channels, resampled as soxr HQ"
     assert key.keys() == {
         "fps", "max_frames", "audio_seconds", "rules", "weights", "processors", "video_size", "image_size",
     }  # fmt: skip

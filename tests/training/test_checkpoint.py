@@ -214,8 +214,9 @@ def test_another_run_is_refused(tmp_path: Path, changed: dict[str, int], told: s
 
 @pytest.mark.parametrize(
     "change",
-    ["train.lr=0.5", "train.weight_decay=0.5", "train.estimator.route=masked", "data.fps=1", "compressor.width=32",
-     "train.micro_batch_size=2", "train.ratio={min: 0.1, max: 0.5}", "model.dtype=float32", "train.init_from=other"],
+    ["train.lr=0.5", "train.weight_decay=0.5", "train.estimator.route=masked", "data.audio.max_seconds=9",
+     "compressor.width=32", "train.micro_batch_size=2", "train.ratio={min: 0.1, max: 0.5}", "model.dtype=float32",
+     "train.init_from=other"],
 )  # fmt: skip
 def test_a_change_of_the_mathematics_is_refused_by_its_name(tmp_path: Path, change: str):
     path = store_of(tmp_path).save(Engine(), 1, {})
@@ -245,14 +246,33 @@ def test_features_rounded_in_another_way_are_another_run(tmp_path: Path, before:
     assert store_of(tmp_path, rounding=before).load(Engine(), path)["step"] == 1
 
 
-def store_of(folder: Path, *overrides: str, rounding: str | None = None) -> CheckpointStore:
+def test_media_that_are_read_in_another_way_are_another_run(tmp_path: Path):
+    before = {"fps": 2.0, "video_size": {"longest_edge": 100}}
+    path = store_of(tmp_path, "data.fps=2", reading=before).save(Engine(), 1, {})
+    # It does not matter which keys said so.
+    assert store_of(tmp_path, "data.protocol=omnisift", reading=before).load(Engine(), path)["step"] == 1
+    with pytest.raises(CheckpointError, match=r"reading\.video_size\.longest_edge was 100, is 90"):
+        store_of(tmp_path, "data.fps=2", reading=before | {"video_size": {"longest_edge": 90}}).load(Engine(), path)
+
+
+def test_monitors_of_deepspeed_may_change_and_its_numbers_may_not(tmp_path: Path):
+    path = store_of(tmp_path).save(Engine(), 1, {})
+    watched = "train.deepspeed={wall_clock_breakdown: true, zero_optimization: {reduce_bucket_size: 64}}"
+    assert store_of(tmp_path, watched).load(Engine(), path)["step"] == 1
+    with pytest.raises(CheckpointError, match=r"train\.deepspeed\.communication_data_type was None, is bf16"):
+        store_of(tmp_path, "train.deepspeed={communication_data_type: bf16}").load(Engine(), path)
+
+
+def store_of(
+    folder: Path, *overrides: str, rounding: str | None = None, reading: dict[str, Any] | None = None
+) -> CheckpointStore:
     """The checkpoints of a run with this configuration."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         "{model: {path: m}, compressor: {method: omnisift, width: 16}, data: {train: t}, output_dir: o, "
         "train: {max_steps: 10, estimator: {route: hard_drop}}}"
     )
-    identity = run_identity(read_config(TrainConfig, recipe, overrides), rounding)
+    identity = run_identity(read_config(TrainConfig, recipe, overrides), rounding, reading)
     return CheckpointStore(folder, Alone(), identity=identity)
 
 

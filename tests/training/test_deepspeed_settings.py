@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from omnisieve.config import ConfigError, LlmSection
+from omnisieve.config import ConfigError, LlmSection, OffloadSection
 from omnisieve.training.deepspeed_settings import LARGEST_BUCKET, check_deepspeed, deepspeed_config
 from omnisieve.training.distributed import Ranks
 from tests.distributed.launch import run_distributed
@@ -24,7 +24,7 @@ def test_buckets_are_as_large_as_what_learns(tmp_path: Path, trainable: int, buc
 def test_what_a_user_sets_is_passed_on_beside_ours(tmp_path: Path):
     given = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 7}, "wall_clock_breakdown": True}
     config = make_config(tmp_path, zero_stage=1, deepspeed=given)
-    check_deepspeed(given)
+    check_deepspeed(config)
     made = deepspeed_config(config, 100)
     assert made["wall_clock_breakdown"] is True
     assert made["zero_optimization"] == {
@@ -38,20 +38,30 @@ def test_what_a_user_sets_is_passed_on_beside_ours(tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage is not yours to set.*train\.zero_stage"),
-        ({"optimizer": {"type": "Adam"}}, r"optimizer\.type is not yours to set.*train\.lr"),
-        ({"bf16": {"enabled": True}}, r"bf16\.enabled is not yours to set.*model\.dtype"),
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage cannot be set here; use .*train\.zero_stage"),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer\.type cannot be set here; use .*train\.lr"),
+        ({"bf16": {"enabled": True}}, r"bf16\.enabled cannot be set here; use .*model\.dtype"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"optimizer\.device.*train\.offload"),
-        ({"train_batch_size": 8}, r"train_batch_size is not yours to set.*micro_batch_size"),
+        ({"train_batch_size": 8}, r"train_batch_size cannot be set here; use .*micro_batch_size"),
         ({"comms_loger": {}}, r"no setting 'comms_loger'; the nearest is 'comms_logger'"),
         ({"zero_optimization": {"reduce_buckt_size": 1}}, r"reduce_buckt_size: .*is 'reduce_bucket_size'"),
         ({"zero_optimization": {"reduce_bucket_size": "much"}}, r"reduce_bucket_size: .*valid integer"),
         ({"zero_optimization": 2}, r"zero_optimization is 2; expected settings"),
+        ({"zero_optimization": {"offload_param": None}}, r"offload_param is None; expected settings"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, r"reduce_bucket_size is auto.*leave it out"),
     ],
 )  # fmt: skip
-def test_what_is_not_the_users_is_refused_by_name(given: dict[str, Any], told: str):
+def test_what_is_not_the_users_is_refused_by_name(tmp_path: Path, given: dict[str, Any], told: str):
     with pytest.raises(ConfigError, match=told):
-        check_deepspeed(given)
+        check_deepspeed(make_config(tmp_path, deepspeed=given))
+
+
+def test_what_only_a_stage_allows_is_judged_with_it(tmp_path: Path):
+    given = {"zero_optimization": {"offload_optimizer": {"ratio": 0.3}}}
+    offload = OffloadSection(optimizer=True)
+    check_deepspeed(make_config(tmp_path, zero_stage=3, offload=offload, deepspeed=given))
+    with pytest.raises(ConfigError, match=r"zero_optimization: .*only supported for ZeRO Stage 3"):
+        check_deepspeed(make_config(tmp_path, zero_stage=2, offload=offload, deepspeed=given))
 
 
 def train(ranks: Ranks, folder: Path, stage: int, given: dict[str, Any]) -> dict[str, Tensor]:

@@ -101,6 +101,8 @@ def load_backbone(
     except ImportError as error:
         chosen = {"attn_implementation": attn_implementation, "encoder_attn_implementation": encoders}
         wrong = " and ".join(f"{key} {name!r}" for key, name in chosen.items() if name not in ("sdpa", "eager"))
+        if not wrong:
+            raise BackboneError(f"{path} cannot be loaded: {error}") from error
         raise BackboneError(f"{wrong} cannot be used: {error} Install it, or choose 'sdpa'") from error
     if missing := sorted(found_weights["missing_keys"]):
         # Only warned of by transformers, which makes them up.
@@ -156,13 +158,18 @@ def find_model(path: str | Path) -> Family:
     return family
 
 
-def hidden_size_of(path: str | Path) -> int:
-    """D of a model's embeddings, by its config.json: known long before the model is loaded.
+def config_of(path: str | Path) -> Any:
+    """The thinker's config of a model: known long before the model is loaded.
 
     Raises:
         BackboneError: see `find_model`.
     """
-    return find_model(path).thinker.config_class.from_pretrained(str(path)).text_config.hidden_size
+    return find_model(path).thinker.config_class.from_pretrained(str(path))
+
+
+def hidden_size_of(path: str | Path) -> int:
+    """D of a model's embeddings; see `config_of`."""
+    return config_of(path).text_config.hidden_size
 
 
 def _is_path(path: str | Path) -> bool:

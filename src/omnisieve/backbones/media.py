@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoProcessor, ProcessorMixin
 
 from omnisieve.backbones.adapter import Adapter, BackboneError
-from omnisieve.backbones.loading import whole, without_token_warnings
+from omnisieve.backbones.loading import config_of, whole, without_token_warnings
 from omnisieve.backbones.protocols import protocol_of
 from omnisieve.config import MediaSection
 from omnisieve.data.dataset import MediaLoader
@@ -70,9 +70,10 @@ def check_media(path: str | Path, media: MediaSection) -> None:
 
     Raises:
         BackboneError: the folder holds no processor.
+        ConfigError: the keys contradict the protocol.
         FeatureCacheError: there is no finished cache.
     """
-    load_processor(path)
+    protocol_of(media, config_of(path), load_processor(path))
     if media.feature_cache is not None and not (Path(media.feature_cache) / INDEX).is_file():
         raise FeatureCacheError(
             f"data.feature_cache: {media.feature_cache} holds no finished feature cache; make it with "

@@ -35,7 +35,7 @@ def prepare(
         processor: of the model, see `load_processor`.
         media: a video (its own sound comes with it), a sound or an image, by suffix; or several, in order.
         question: about them.
-        system: message of the system before the question. None sends none, and the chat template may then put in a
+        system: system message placed before the question. None sends none, and the chat template may then put in a
             sentence of its own. Published examples of Qwen2.5-Omni send "You are Qwen, a virtual human ..." themselves:
             do not count on the template, give it here to repeat a result that was made with it.
         settings: how densely videos are sampled, and so on; None takes the defaults, which are those of qwen_omni_utils

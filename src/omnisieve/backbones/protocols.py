@@ -50,13 +50,19 @@ def protocol_of(media: MediaSection, config: Any, processor: ProcessorMixin | No
     given = {key: value for key in _KEYS if (value := getattr(media, key)) is not None}
     images = {f"{edge}_image_pixels": given[f"{edge}_pixels"] for edge in ("min", "max") if f"{edge}_pixels" in given}
     found = replace(found, **given, **images)
+    if found.placement == "even" and found.max_frames is not None and found.max_frames < max(found.min_frames, 2):
+        raise ConfigError(
+            f"data.min_frames {found.min_frames} is above data.max_frames {found.max_frames} (data.protocol {name} "
+            "takes 2 at least): set both keys, or choose another data.protocol"
+        )
     for kind, low, high in (
         ("frames", found.min_pixels, found.max_pixels),
         ("images", found.min_image_pixels, found.max_image_pixels),
     ):
         if low > high:
             raise ConfigError(
-                f"data.min_pixels {low} is above data.max_pixels {high} ({kind}, data.protocol {name}): give both keys"
+                f"data.min_pixels {low} is above data.max_pixels {high} ({kind}, data.protocol {name}): set both keys, "
+                "or choose another data.protocol"
             )
     return found
 

@@ -192,6 +192,8 @@ def _merge(base: DictConfig, values: Mapping[str, Any], where: str) -> DictConfi
         hint = _hint_of(schema, key)
         form = f", such as {key}='[{value}]'" if get_origin(hint) is list and isinstance(value, str) else ""
         raise ConfigError(f"{where}: {key} is {value!r}; expected {_type_name(hint)}{form}") from error
+    except TypeError as error:  # a list where a mapping belongs
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _check_program(schema: type, values: Mapping[str, Any], path: str | Path) -> None:

@@ -249,7 +249,7 @@ class TrainSection:
     deepspeed: dict[str, Any] = option(
         {},
         "further settings of DeepSpeed as its own configuration writes them, for example {zero_optimization: "
-        "{overlap_comm: true}}; those that keys of ours decide are refused",
+        "{overlap_comm: true}}; settings that omnisieve derives from its own keys are refused",
     )
     seed: int = option(0, "of initialisation, data order and candidates")
     max_bad_steps: int = option(

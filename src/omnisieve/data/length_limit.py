@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from omnisieve.data.dataset import MediaLoader
 
 _CURE = "cut the clip, lower data.max_pixels or data.audio.max_seconds, or raise data.max_tokens"
-_THINNER = "read such samples more thinly by data.too_long=lower_fps, lower data.fps or data.max_frames"
+_THINNER = (
+    "read such samples more thinly by data.too_long=lower_fps, lower data.fps or data.max_frames (or data."
+    "total_pixels, which long videos fill up)"
+)
 # Tokens by which a sound may be off, because the end that its file states may be.
 _SOUND_SLACK = 2
 _ROUNDING = 1e-9

@@ -19,6 +19,8 @@ from omnisieve.data.media import SAMPLING_RATE, VideoFrames
 from omnisieve.data.protocol import frame_pixels
 from omnisieve.data.tokens import TokenRules
 
+_SOUND = "mean of channels, resampled as soxr HQ"
+"""How a waveform is made of a file (`media.MediaReader`); changes when that does, because caches depend on it."""
 _STFT_MARGIN = 320
 """Samples of silence behind a sound that keep the last frames of its spectrogram what long padding makes them."""
 
@@ -155,6 +157,7 @@ class Preprocessor:
         # Caches from before there was a cap on the total stay valid where there is none.
         total = {} if self.total_pixels is None else {"total_pixels": self.total_pixels}
         return total | {
+            "sound": _SOUND,
             "processors": hashlib.sha256(text.encode()).hexdigest()[:16],
             "video_size": dict(self.video_size),
             "image_size": dict(self.image_size),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from omnisieve.data.batch import Sample
 from omnisieve.data.dataset import MediaLoader
+from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import Conversation, ManifestError
 from omnisieve.data.media import MediaError
 
@@ -84,6 +85,10 @@ class ManifestBenchmark:
         self._questions_per_clip = questions_per_clip
         self._tokenizer = loader.preprocessor.tokenizer
         self.pad_token_id = int(self._tokenizer.pad_token_id)
+        if self._tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{name}: the model's tokenizer has no eos_token, so no answer would end: name one in its config"
+            )
         self.eos_token_id = int(self._tokenizer.eos_token_id)
 
     def __len__(self) -> int:

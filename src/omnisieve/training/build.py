@@ -86,7 +86,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
 
 
 def describe_model(module: TrainingModule) -> str:
-    """What was loaded and what of it learns, in a line."""
+    """What was loaded and how much of it learns, in a line."""
     sizes = [(shape_of(p).numel(), p.requires_grad) for p in module.parameters()]
     learning = sum(size for size, learns in sizes if learns)
     return (

@@ -40,6 +40,8 @@ _FREE = {
     "data.workers",
     "data.recycle_after",
     "data.decode_seconds",
+    *(f"data.{name}" for name in ("protocol", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels")),
+    "data.total_pixels",  # like the line above: what all of them come to is compared
     "data.feature_cache",
     "data.feature_cache_dtype",  # of writing one; `run_identity` has the rounding of the one that is read
     *(f"train.{name}" for name in ("max_steps", "stop_at", "resume", "gradient_checkpointing")),
@@ -51,15 +53,33 @@ _FREE = {
 }
 
 
-def run_identity(config: TrainConfig, rounding: str | None = None) -> dict[str, Any]:
+# Of DeepSpeed's settings those that can change a number; the others monitor, or divide the work in another way.
+_DEEPSPEED = (
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_optimization.zero_quantized",
+)
+
+
+def run_identity(
+    config: TrainConfig, rounding: str | None = None, reading: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What must be the same in a run that resumes: dotted keys of its configuration, and values.
 
     Args:
         config: of the run.
         rounding: see `Streams`. A cache that rounds teaches something else; one that does not may come and go.
+        reading: see `Streams`; how media are read, all values known.
     """
-    identity = {key: value for key, value in _flat(asdict(config)) if key not in _FREE}
+    identity = {key: value for key, value in _flat(asdict(config)) if key not in _FREE and _counts(key)}
+    identity |= {f"reading.{key}": value for key, value in _flat(reading or {})}
     return identity if rounding is None else {**identity, "rounding of cached features": rounding}
+
+
+def _counts(key: str) -> bool:
+    prefix = "train.deepspeed."
+    return not key.startswith(prefix) or key.removeprefix(prefix).startswith(_DEEPSPEED)
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

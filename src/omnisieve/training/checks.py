@@ -29,7 +29,7 @@ def check_run(config: TrainConfig) -> None:
     for path in (config.data.train, config.data.val):
         if path is not None and not Path(path).is_file():
             Manifest(path)  # says so, before a hub is asked for the model
-    check_deepspeed(config.train.deepspeed)
+    check_deepspeed(config)
     make_compressor(config, hidden_size_of(config.model.path))
     check_media(config.model.path, config.data)
     find_checkpoint(Path(config.output_dir), config.train.resume)

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told of a run: our part follows from the configuration, the rest may stand in `train.deepspeed`."""
+"""What DeepSpeed is told of a run: our part follows from the configuration; `train.deepspeed` may set the rest."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _OWNED = {
     "amp": "model.dtype and train.llm.mode",
     "torch_autocast": "model.dtype and train.llm.mode",
     "activation_checkpointing": "train.gradient_checkpointing",
-    "tensorboard": "nothing: the run's folder holds the events",
     f"{_ZERO}.stage": "train.zero_stage",
     f"{_ZERO}.offload_optimizer.device": "train.offload.optimizer",
     f"{_ZERO}.offload_param.device": "train.offload.parameters",
+    "tensorboard": "output_dir, which holds TensorBoard's events anyway",
     f"{_ZERO}.cpu_offload": "train.offload.optimizer",
     f"{_ZERO}.cpu_offload_param": "train.offload.parameters",
 }
@@ -92,12 +92,13 @@ def trains_in_bfloat16(config: TrainConfig) -> bool:
     return config.train.llm.mode == "full" and config.model.dtype == "bfloat16"
 
 
-def check_deepspeed(settings: Mapping[str, Any]) -> None:
-    """Refuse what `train.deepspeed` cannot hold.
+def check_deepspeed(config: TrainConfig) -> None:
+    """Refuse what `train.deepspeed` of a run cannot hold.
 
     Raises:
         ConfigError: a setting that a key of ours decides, names that key; or one that DeepSpeed does not have.
     """
+    settings = config.train.deepspeed
     for name in settings:
         if name not in _PASSED_ON and name not in _OWNED:
             near = get_close_matches(name, [*_PASSED_ON, *_OWNED], 1, 0.0)[0]
@@ -105,30 +106,49 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
                 f"train.deepspeed has no setting {name!r}; the nearest is {near!r} (passed on are "
                 f"{', '.join(_PASSED_ON)})"
             )
-    for name in _dotted(settings):
+    for name, value in _dotted(settings):
         owner = next((owned for owned in _OWNED if name == owned or name.startswith(f"{owned}.")), None)
         if owner is not None:
-            raise ConfigError(f"train.deepspeed.{name} is not yours to set: it follows from {_OWNED[owner]}")
-    zero = settings.get(_ZERO, {})
-    if not isinstance(zero, Mapping):
-        raise ConfigError(f"train.deepspeed.{_ZERO} is {zero!r}; expected settings such as reduce_bucket_size")
+            raise ConfigError(f"train.deepspeed.{name} cannot be set here; use {_OWNED[owner]}")
+        if value == "auto":
+            raise ConfigError(
+                f"train.deepspeed.{name} is auto, which only transformers' own trainer fills in: leave it out"
+            )
+    for name in (_ZERO, f"{_ZERO}.offload_optimizer", f"{_ZERO}.offload_param"):
+        section = _section(settings, name)
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"train.deepspeed.{name} is {section!r}; expected settings, as {{pin_memory: true}}")
+    _check_zero(deepspeed_config(config)[_ZERO])
+
+
+def _check_zero(zero: Mapping[str, Any]) -> None:
+    """Let DeepSpeed look at the section that it will get."""
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
+        if not first["loc"]:
+            raise ConfigError(f"train.deepspeed.{_ZERO}: {first['msg']} (DeepSpeed)") from error
+        name = str(first["loc"][0])
         closest = get_close_matches(name, DeepSpeedZeroConfig.model_fields, 1, 0.0)
         raise ConfigError(
             f"train.deepspeed.{_ZERO}.{name}: {first['msg']} (DeepSpeed); the nearest setting is {closest[0]!r}"
         ) from error
 
 
-def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _section(settings: Mapping[str, Any], name: str) -> Any:
+    """What stands under a dotted name; nothing where there is no such section."""
+    for part in name.split("."):
+        settings = settings.get(part, {}) if isinstance(settings, Mapping) else {}
+    return settings
+
+
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from _dotted(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
 
 
 def _merge(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

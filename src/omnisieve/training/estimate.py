@@ -80,9 +80,9 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """At the peak: the encoders are done when the LLM begins, and gradients are reduced when it ends."""
-        stays = self.weights + self.gradients + self.optimizer
-        return stays + max(self.encoders, self.buckets + self.sequence + self.activations + self.logits)
+        """At the peak: the encoders are done when the LLM begins."""
+        stays = self.weights + self.gradients + self.optimizer + self.buckets
+        return stays + max(self.encoders, self.sequence + self.activations + self.logits)
 
 
 def sizes_of(module: TrainingModule, batch: Batch, config: TrainConfig) -> Sizes:
@@ -107,7 +107,7 @@ def sizes_of(module: TrainingModule, batch: Batch, config: TrainConfig) -> Sizes
 
 
 def encoder_bytes(module: TrainingModule, batch: Batch) -> tuple[int, int]:
-    """What the encoders are given for a batch, and the most that they hold of it at once, without gradients.
+    """What the encoders are given for a batch, and their peak activation memory, without gradients.
 
     The larger of both towers counts. A patch takes most where the rotary embedding turns its query and key in float32;
     of sound it is Qwen2.5-Omni's feed-forward, or Qwen3-Omni's first convolution.
@@ -162,7 +162,7 @@ def estimate(config: TrainConfig, sizes: Sizes, ranks: int) -> Memory:
         weights=(0 if train.offload.parameters else resident) + live,
         gradients=sizes.trainable * own // spread[1],
         optimizer=0 if train.offload.optimizer else optimizer,
-        buckets=bucket_elements(sizes.trainable, train.deepspeed) * own,
+        buckets=bucket_bytes(config, sizes.trainable * own, own),
         encoders=sizes.encoders,
         # Features, merged embeddings, and the float32 copies that a learned compressor keeps.
         sequence=sizes.encoder_inputs + sizes.sequence * decoder.hidden_size * 2 * (sizes.element + _FLOAT32),
@@ -171,6 +171,19 @@ def estimate(config: TrainConfig, sizes: Sizes, ranks: int) -> Memory:
         logits=sizes.answer_tokens * decoder.vocabulary * (sizes.element + 3 * _FLOAT32),
         host=host,
     )
+
+
+def bucket_bytes(config: TrainConfig, gradients: int, element: int) -> int:
+    """What DeepSpeed reduces gradients in: two buckets where that overlaps with the backward pass.
+
+    Args:
+        config: of the run.
+        gradients: bytes of all of them.
+        element: bytes of one.
+    """
+    given = config.train.deepspeed
+    overlaps = config.train.zero_stage < 3 and given.get("zero_optimization", {}).get("overlap_comm", False)
+    return bucket_elements(gradients // element, given) * element * (2 if overlaps else 1)
 
 
 def layer_bytes(sizes: Sizes, mode: str) -> int:

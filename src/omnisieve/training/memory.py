@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import resource
 from pathlib import Path
 
 import torch
@@ -18,8 +19,13 @@ def memory(device: torch.device) -> dict[str, float]:
         programs could still get. Of an accelerator: "allocated" by tensors, "reserved" by torch, and "peak" of what was
         allocated since the last call.
     """
-    own, machine = _table("/proc/self/status"), _table("/proc/meminfo")
-    found = {"process": own("VmRSS"), "process_peak": own("VmHWM"), "machine_free": machine("MemAvailable")}
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    machine = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    found = {
+        "process": float(resident),
+        "process_peak": _peak(),
+        "machine_free": 1024.0 * int(machine["MemAvailable"].split()[0]),
+    }
     if device.type != "cpu":
         counters = torch.get_device_module(device)
         found["allocated"] = counters.memory_allocated(device)
@@ -29,7 +35,9 @@ def memory(device: torch.device) -> dict[str, float]:
     return {name: size / _GIB for name, size in found.items()}
 
 
-def _table(path: str) -> Callable[[str], float]:
-    """Looks up entries of a table of the kernel's, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
-    return lambda name: 1024.0 * int(lines[name].split()[0])
+def _peak() -> float:
+    """The most that this process ever had resident, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    own = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    # Not every kernel has that line; the count below also knows what the process was before it became this program.
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if own is None else own

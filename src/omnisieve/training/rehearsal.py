@@ -23,7 +23,7 @@ def rehearse(trainer: Trainer, config: TrainConfig, before: float) -> str:
     """Do one step and leave no checkpoint, log or export; then say what it met.
 
     Args:
-        trainer: of the run, not yet started; spent afterwards.
+        trainer: of the run, not yet started; it cannot be used again.
         config: of the run.
         before: GiB that this process took before anything was loaded.
 

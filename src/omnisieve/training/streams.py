@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Streams:
             others; beside a batch stands whether it counts, or only keeps step with the others.
         probes: clips of `val` that are looked at more closely, by id, each with a way to decode it.
         rounding: the dtype that cached features were rounded to; None if they are what the encoders give.
+        reading: how media are read, JSON values; what decides the encoders' outputs beside their weights.
     """
 
     train: Iterable[Batch]
@@ -45,6 +47,7 @@ class Streams:
     val: Iterable[tuple[Batch, bool]] | None = None
     probes: Mapping[str, Callable[[], ClipMedia]] = field(default_factory=dict)
     rounding: str | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_manifests(data: DataSection, train: TrainSection) -> None:
@@ -91,7 +94,8 @@ def open_streams(
         val = _Counted(_loader(held_out, [indices for indices, _ in shards], data, train, ranks), counts)
         probes = probe_clips(held_out, train.probe_clips)
     rounding = None if media.cache is None else media.cache.rounding
-    return Streams(_loader(dataset, sampler, data, train, ranks), sampler, val, probes, rounding)
+    reading = media.preprocessing("")
+    return Streams(_loader(dataset, sampler, data, train, ranks), sampler, val, probes, rounding, reading)
 
 
 def lengths_in_llm(sizes: np.ndarray, settings: Settings, train: TrainSection) -> np.ndarray:

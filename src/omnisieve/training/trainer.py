@@ -73,7 +73,7 @@ class Trainer:
         self._store = CheckpointStore(
             self._directory,
             ranks,
-            identity=run_identity(config, streams.rounding),
+            identity=run_identity(config, streams.rounding, streams.reading),
             limit=config.train.save_total_limit,
         )
         self._reports = SampleReports(self._directory, ranks)
@@ -111,7 +111,7 @@ class Trainer:
         return self._ranks.world_size
 
     def rehearse(self) -> tuple[list[Batch], dict[str, float]]:
-        """Do the first step and write nothing; for a look before a long run, which this trainer then cannot do.
+        """Do the first step and write nothing: a trial before a long run. This trainer cannot be used afterwards.
 
         Returns:
             the micro-batches of this rank, and the sums over them and all ranks that `TrainingModule.forward` reports.
