@@ -1,6 +1,6 @@
 """Measure what parts of omnisieve cost, each beside what it replaces.
 
-    python tools/bench.py towers [--hidden 8 16 64] [--repeats 5] [--out results/bench_towers.json]
+    python tools/bench.py towers [--hidden 8 16 32 64] [--repeats 5] [--out results/bench_towers.json]
 
 `towers`: both encoders of Qwen2.5-Omni, random weights of the released geometry (layers, windows, patches) at tiny
 widths, on one clip with sound: the stock SDPA loop beside batched attention. What is saved belongs to each call; what
@@ -65,7 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--grid", type=int, nargs=2, default=(26, 46), help="patches of a frame: rows and columns, even"
     )
     towers.add_argument("--layers", type=int, default=LAYERS, help="of each tower")
-    towers.add_argument("--hidden", type=int, nargs="+", default=(8, 16, 64), help="widths of the towers; one head")
+    towers.add_argument("--hidden", type=int, nargs="+", default=(8, 16, 32, 64), help="widths of the towers; one head")
     return parser.parse_args(argv)
 
 

@@ -144,7 +144,9 @@ def run_all(shape: str, model: Path, work: Path, clip: Path) -> dict[str, Any]:
         "step_from_cache_seconds": seconds_of(
             json.loads((work / "cached" / "metrics.jsonl").read_text().splitlines()[0])
         ),
-        "answer_seconds": report["environment"]["seconds"],
+        "answer_seconds": {
+            name.replace(f"{export}/", "export"): seconds for name, seconds in report["environment"]["seconds"].items()
+        },
         "measured_ratios": [row["measured_ratio"] for row in report["rows"]],  # of full, random and the export
         "memory": memory(rehearsal.output),
         "checkpoint_mb": megabytes(run_folder / "checkpoints" / "checkpoint-2"),
