@@ -76,19 +76,19 @@ def main(argv: Sequence[str]) -> int:
         work = Path(scratch)
         model = args.folder or work / "model"
         report: dict[str, Any] = {"shape": args.shape, "environment": environment()}
-        with timed("building the folder") as took:
-            if not model.exists():
+        if not model.exists():
+            with timed("building the folder"):
                 save_true_release(model, f"qwen2_5_omni_{args.shape}", layers=args.layers)
-        report["build_seconds"] = took[0]
         report["model"] = describe(model)
-        report |= run_all(args.shape, model, work, prepare_data(work, args.clip))
+        report["clip"] = prepare_data(work, args.clip)
+        report |= run_all(args.shape, model, work)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
     return 0
 
 
-def prepare_data(work: Path, clip: Path | None) -> Path:
-    """A manifest of one clip with two questions; returns the clip's copy beside it."""
+def prepare_data(work: Path, clip: Path | None) -> str:
+    """A manifest of one clip with two questions, and a copy of the clip; returns the clip's name."""
     if clip is None:
         try:
             clip = Path(str(importlib.metadata.distribution(RECORDED[0]).locate_file(RECORDED[1])))
@@ -101,11 +101,10 @@ def prepare_data(work: Path, clip: Path | None) -> Path:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     turns[0]["content"] = [{"type": "video", "video": copy.name}, {"type": "text", "text": QUESTIONS[0][0]}]
     (work / "data.jsonl").write_text(json.dumps({"id": "clip", "messages": turns}) + "\n", encoding="utf-8")
-    (work / "name.txt").write_text(clip.name, encoding="utf-8")
-    return copy
+    return clip.name
 
 
-def run_all(shape: str, model: Path, work: Path, clip: Path) -> dict[str, Any]:
+def run_all(shape: str, model: Path, work: Path) -> dict[str, Any]:
     """Every program on the folder; their figures."""
     recipe = f"recipes/omnisift_qwen2_5_omni_{shape}.yaml"
     data = work / "data.jsonl"
@@ -133,7 +132,6 @@ def run_all(shape: str, model: Path, work: Path, clip: Path) -> dict[str, Any]:
     }  # fmt: skip
     record = records[0]
     return {
-        "clip": (work / "name.txt").read_text(encoding="utf-8"),
         "tokens": tokens(rehearsal.output),
         "programs": {
             name: {"seconds": round(program.seconds, 1), "peak_gib": round(program.peak / GIB, 2)}
