@@ -67,7 +67,7 @@ class MediaSection:
     )
     max_pixels: int | None = option(None, "larger frames and images are reduced to this; null: the protocol's")
     total_pixels: int | None = option(
-        None, "of all frames of a video, by which those of long videos are smaller; null: the protocol's"
+        None, "budget of a whole video; the frames of long videos shrink to fit it; null: the protocol's"
     )
     audio: AudioSection = section(AudioSection)
     decode_seconds: float = option(60.0, "a file that takes longer to decode counts as broken")
