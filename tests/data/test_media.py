@@ -78,14 +78,6 @@ def test_frames_and_sound_of_every_container(media: Media, reader: MediaReader, 
     assert int(spectrum.argmax()) == TONE_HZ
 
 
-def test_decord_where_it_can_and_pyav_elsewhere(media: Media, reader: MediaReader) -> None:
-    used = {name: frames_of(reader, media(name, **spec)).backend for name, spec in CONTAINERS.items()}
-    assert used == {
-        "clip.mp4": "decord", "clip.mkv": "decord", "clip.webm": "decord",
-        "av1.mp4": "pyav", "clip.ts": "pyav",
-    }  # fmt: skip
-
-
 def test_cap_spreads_frames_over_the_clip(media: Media, reader: MediaReader) -> None:
     for name in ("clip.mp4", "av1.mp4"):
         video = frames_of(reader, media(name, **CONTAINERS[name]), fps=2.0, max_frames=4)

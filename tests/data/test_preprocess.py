@@ -59,7 +59,7 @@ def test_sound_too_short_for_a_token_is_none() -> None:
 @pytest.mark.parametrize(("frames", "grids"), [(1, 1), (2, 1), (3, 2), (8, 4)])
 def test_video_equals_the_stock_processors(frames: int, grids: int, family: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (frames, 60, 90, 3), dtype=np.uint8)
-    patches = make(family, min_pixels=56 * 56, max_pixels=84 * 84).video(VideoFrames(pixels, 0.5, frames / 2, "decord"))
+    patches = make(family, min_pixels=56 * 56, max_pixels=84 * 84).video(VideoFrames(pixels, 0.5, frames / 2))
     filled = np.concatenate([pixels, pixels[-1:]]) if frames % 2 else pixels
     stock = stock_processor(family).video_processor(
         [torch.from_numpy(filled).permute(0, 3, 1, 2)],
@@ -76,10 +76,10 @@ def test_video_equals_the_stock_processors(frames: int, grids: int, family: str)
 def test_frames_are_shown_as_the_tower_sees_them(height: int, width: int, family: str) -> None:
     tool = make(family, min_pixels=56 * 56, max_pixels=64 * 160)
     picture = np.random.default_rng(0).integers(0, 256, (5, height, width, 3), dtype=np.uint8)
-    patches = tool.video(VideoFrames(picture, 0.5, 2.5, "decord"))
+    patches = tool.video(VideoFrames(picture, 0.5, 2.5))
     shown = tool.shown(patches, range(3))
     # Frames of that size are not resized any more, and give the same patches.
-    assert torch.equal(tool.video(VideoFrames(shown, 0.5, 3.0, "decord")).pixels, patches.pixels)
+    assert torch.equal(tool.video(VideoFrames(shown, 0.5, 3.0)).pixels, patches.pixels)
     assert np.array_equal(shown[4], shown[5])  # the last one was repeated to fill its step
     assert np.array_equal(tool.shown(patches, [2, 0]), shown[[4, 5, 0, 1]])
 
@@ -87,12 +87,12 @@ def test_frames_are_shown_as_the_tower_sees_them(height: int, width: int, family
 def test_frames_of_the_towers_size_are_shown_pixel_by_pixel() -> None:
     picture = np.random.default_rng(1).integers(0, 256, (2, 56, 84, 3), dtype=np.uint8)
     tool = make(min_pixels=56 * 84, max_pixels=56 * 84)
-    assert np.array_equal(tool.shown(tool.video(VideoFrames(picture, 0.5, 1.0, "decord")), [0]), picture)
+    assert np.array_equal(tool.shown(tool.video(VideoFrames(picture, 0.5, 1.0)), [0]), picture)
 
 
 def test_long_videos_keep_their_pixels() -> None:
     pixels = np.zeros((400, 28, 28, 3), dtype=np.uint8)
-    grid = make(min_pixels=28 * 28, max_pixels=56 * 56).video(VideoFrames(pixels, 0.5, 200.0, "decord")).grid
+    grid = make(min_pixels=28 * 28, max_pixels=56 * 56).video(VideoFrames(pixels, 0.5, 200.0)).grid
     assert grid == (200, 2, 2)
 
 
@@ -100,7 +100,7 @@ def test_pixel_limits_hold_for_videos_and_images() -> None:
     small, large = np.zeros((1, 30, 30, 3), np.uint8), np.zeros((1, 300, 600, 3), np.uint8)
     tool = make(min_pixels=56 * 56, max_pixels=112 * 112)
     for picture, low, high in ((small, 56 * 56, 84 * 84), (large, 84 * 84, 112 * 112)):
-        video = tool.video(VideoFrames(picture, 0.5, 0.5, "decord"))
+        video = tool.video(VideoFrames(picture, 0.5, 0.5))
         image = tool.image(picture[0])
         assert image.grid == video.grid
         assert low <= image.grid[1] * image.grid[2] * 14 * 14 <= high

@@ -75,7 +75,7 @@ def test_short_videos_are_valid_too(total: int, picks: list[int]) -> None:
     assert seconds == pytest.approx(total / 10 / len(picks))
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "av1.mp4"])  # decord and PyAV
+@pytest.mark.parametrize("name", ["clip.mp4", "av1.mp4"])
 def test_a_file_is_read_from_its_first_to_its_last_frame(
     media: Callable[..., Path], reader: MediaReader, name: str
 ) -> None:

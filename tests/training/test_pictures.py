@@ -42,7 +42,7 @@ def sample_of(family: str) -> tuple[Sample, Preprocessor, np.ndarray]:
     """A sounding video and a sound, as they are decoded, and the video's frames."""
     tool = Preprocessor(stock_processor(family), rules(family), min_pixels=56 * 56, max_pixels=64 * 128)
     frames = colourful(8, 64, 128) if family != QWEN2_5 else colourful(8, 56, 112)
-    patches = tool.video(VideoFrames(frames, 0.5, 4.0, "decord"))
+    patches = tool.video(VideoFrames(frames, 0.5, 4.0))
     waves = [np.random.default_rng(1).standard_normal(n).astype(np.float32) for n in (64_000, 32_000)]
     mels = [tool.audio(wave) for wave in waves]
     counts = [tool.rules.audio_tokens(mel.shape[1]) for mel in mels if mel is not None]

@@ -12,21 +12,21 @@ import pickle
 import signal
 import struct
 import sys
+from bisect import bisect_right
 from fractions import Fraction
 from typing import Any, BinaryIO
 
 import av
 import numpy as np
 
-try:
-    import decord
-except ImportError:  # no wheel for this platform: PyAV does everything
-    decord = None
-
-DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"})
-"""Video codecs that decord's bundled FFmpeg decodes reliably; AV1 is not among them."""
-UNSEEKABLE = frozenset({"mpegts", "mpeg"})
-"""Containers without an index: decord miscounts their frames, and seeking in them is a guess."""
+CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,asf,flv,mpegts,mpeg,mpegvideo,m4v,ogg,rm,nut,ivf,mxf,gxf,dv,wtv,gif,apng,h264,hevc,av1,"
+    "wav,w64,mp3,aac,flac,aiff,ac3,eac3,amr,caf,au,ape,wv,tta,tak,mpc,mpc8,dsf,dts,truehd,voc,oma,yuv4mpegpipe"
+)
+"""What is opened, by FFmpeg's names. Formats that name other files or addresses (playlists, manifests) are not here."""
+STAMPED = frozenset({"mov", "matroska", "flv", "ivf", "nut"})
+"""Containers that store the presentation time of each packet and lead a search to a key frame. In others FFmpeg
+guesses times (AVI has none for B-frames) or places (MPEG-TS has no index), so they are read from their start."""
 DECLARING = frozenset({"mov", "matroska", "avi", "asf", "flv"})
 """Containers that state their duration; elsewhere FFmpeg guesses it from the bit rate."""
 MIN_COMPLETE = 0.9
@@ -36,6 +36,8 @@ FRAME_FACTOR = 2
 """Evenly spread frames come in such groups, the temporal patches of the models."""
 _CLOCK_TOLERANCE = 1e-3
 _AUDIO_GAP = 0.05
+_LOST_START = 0.2
+"""Seconds at the beginning that need not decode: pictures in front of the first key frame, which players skip."""
 
 
 class Failure(Exception):
@@ -47,40 +49,82 @@ class Scan:
 
     Attributes:
         start: container time that counts as 0 s.
-        times: [frames] presentation times of the video frames in seconds after `start`, sorted.
-        keys: times of the key frames.
+        times: [frames] presentation times of the visible video frames in seconds after `start`, sorted.
+        ticks: [frames] the same in units of the stream, as its packets and frames have them.
+        keys: (place in the file, tick) of the key frames, hidden ones among them.
+        places: {tick: place in the file} of the visible frames.
+        stamped: whether each frame has a tick of its own that the container states.
         video_end: end of the last video frame.
         audio: start and end of the sound; None without a packet of it.
     """
 
     def __init__(self, path: str, video: int | None, audio: int | None = None) -> None:
-        times: list[tuple[float, float, bool]] = []
+        ticks: list[int] = []
+        lengths: dict[int, float] = {}
         sound: list[tuple[float, float]] = []
-        end = 0.0
-        with av.open(path) as container:
+        self.keys: list[tuple[int, int]] = []
+        self.places: dict[int, int] = {}
+        place, stated, end = 0, True, 0.0
+        with open_media(path) as container:
             self.start = (container.start_time or 0) / av.time_base
             declared = (container.duration or 0) / av.time_base
-            declares = DECLARING & set(container.format.name.split(","))
+            formats = set(container.format.name.split(","))
             for packet in container.demux():
                 stamp = packet.pts if packet.pts is not None else packet.dts
-                if stamp is None or packet.time_base is None or packet.is_discard:
+                if stamp is None or packet.time_base is None:
+                    stated &= packet.stream_index != video or not packet.size
+                    continue
+                if packet.stream_index == video:
+                    place += 1
+                    stated &= packet.pts is not None
+                    if packet.is_keyframe:
+                        self.keys.append((place, stamp))
+                if packet.is_discard:
                     continue
                 time = float(stamp * packet.time_base) - self.start
                 length = float((packet.duration or 0) * packet.time_base)
                 end = max(end, time + length)
                 if packet.stream_index == video:
-                    times.append((time, length, packet.is_keyframe))
+                    ticks.append(stamp)
+                    lengths[stamp] = length
+                    self.places[stamp] = place
                 elif packet.stream_index == audio:
                     sound.append((time, time + length))
+            unit = 1.0 if video is None else float(_stream(container, video).time_base or 1)
         self.audio = (min(first for first, _ in sound), max(last for _, last in sound)) if sound else None
-        times.sort()
-        self.times = np.array([t for t, _, _ in times])
-        self.keys = np.array([t for t, _, key in times if key])
-        step = float(np.median(np.diff(self.times))) if len(times) > 1 else 0.0
-        self.video_end = times[-1][0] + (times[-1][1] or step or 0.04) if times else 0.0
+        self.stamped = bool(STAMPED & formats) and stated and len(self.places) == len(ticks) and bool(self.keys)
+        self.ticks = np.sort(np.array(ticks, dtype=np.int64))
+        self.times = self.ticks * unit - self.start
+        step = float(np.median(np.diff(self.times))) if len(ticks) > 1 else 0.0
+        self.video_end = float(self.times[-1]) + (lengths[int(self.ticks[-1])] or step or 0.04) if ticks else 0.0
+        # Matroska declares where the last packet ends, others how long the file is.
+        present = end + self.start if "matroska" in formats else end
         # A file without a duration of its own (a live recording) is taken as it is.
-        if declares and end < MIN_COMPLETE * declared:
-            raise Failure("truncated", "container", f"only {end:.1f} s of the declared {declared:.1f} s are there")
+        if DECLARING & formats and present < MIN_COMPLETE * declared:
+            reason = f"only {present:.1f} s of the declared {declared:.1f} s are there"
+            raise Failure("truncated", "container", reason)
+
+    def by_key(self, ticks: list[int]) -> dict[int, set[int]] | None:
+        """Frames to decode from each key frame; None if one has no key frame in front of it."""
+        groups: dict[int, set[int]] = {}
+        for tick in ticks:
+            number = bisect_right(self.keys, (self.places[tick], tick)) - 1
+            # A frame that is stored behind a key frame but shown before it refers to what is in front of that one.
+            while number >= 0 and self.keys[number][1] > tick:
+                number -= 1
+            if number < 0:
+                return None
+            groups.setdefault(self.keys[number][1], set()).add(tick)
+        return groups
+
+
+def open_media(path: str) -> av.container.InputContainer:
+    """Open a file of this name, whatever the name looks like, and no other that it may name."""
+    return av.open(f"file:{path}", options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS})
+
+
+def _stream(container: av.container.InputContainer, index: int) -> Any:
+    return container.streams[index]
 
 
 def decode(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -89,14 +133,14 @@ def decode(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
     info: dict[str, Any] = {}
     arrays: list[np.ndarray] = []
     try:
-        video, audio, codec, seekable = _streams(path)
+        video, audio, info["notes"] = _streams(path, request["track"])
         if request["video"] and video is None:
             raise Failure("no_stream", "video", "there is no video stream, only sound")
         scan = Scan(path, video)
         if request["video"] and video is not None:
             if not len(scan.times):
                 raise Failure("truncated", "video", "there is not a single frame")
-            frames, info["video"] = _video(path, video, scan, request, codec, seekable)
+            frames, info["video"] = _video(path, video, scan, request)
             arrays.append(frames)
         sound = None
         if audio is not None:
@@ -114,18 +158,18 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     path = request["path"]
     info: dict[str, Any] = {"video": None, "audio": None}
     try:
-        video, audio, _, _ = _streams(path)
+        video, audio, info["notes"] = _streams(path, request["track"])
         if request["video"] and video is None:
             raise Failure("no_stream", "video", "there is no video stream, only sound")
         scan = Scan(path, video, audio)
-        with av.open(path) as container:
+        with open_media(path) as container:
             info["streams"] = [f"{stream.type}/{_codec(stream)}" for stream in container.streams]
             if video is not None and request["video"]:
                 if not len(scan.times):
                     raise Failure("truncated", "video", "there is not a single frame")
                 info["video"] = _probe_video(container, video, scan, request)
             if audio is not None and scan.audio is not None:
-                stream = next(s for s in container.streams.audio if s.index == audio)
+                stream = _stream(container, audio)
                 start, end = scan.audio
                 end = min(end, _declared_end(stream, scan.start) or end)
                 info["audio"] = {"seconds": end, "start": max(start, 0.0), "rate": stream.rate,
@@ -138,7 +182,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
 def _probe_video(
     container: av.container.InputContainer, index: int, scan: Scan, request: dict[str, Any]
 ) -> dict[str, Any]:
-    stream = next(s for s in container.streams.video if s.index == index)
+    stream = _stream(container, index)
     try:
         frame = next(container.decode(stream))
     except (av.error.InvalidDataError, StopIteration) as error:
@@ -156,31 +200,47 @@ def _codec(stream: Any) -> str:
     return stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
 
 
-def _streams(path: str) -> tuple[int | None, int | None, str, bool]:
-    """Indices of the first video and audio streams (a cover picture is no video), the codec, seekability."""
-    with av.open(path) as container:
+def _streams(path: str, track: int | None) -> tuple[int | None, int | None, list[str]]:
+    """Indices of the video and audio streams to read, and what to tell the user about the choice.
+
+    Players take the stream that the container marks as default, else the first. A cover picture is no video.
+
+    Args:
+        path: of the file.
+        track: which of the audio streams, counted from 0; None for the default one.
+    """
+    with open_media(path) as container:
         pictures = av.stream.Disposition.attached_pic
         videos = [s for s in container.streams.video if not s.disposition & pictures]
         audios = list(container.streams.audio)
-        codec = videos[0].codec_context.codec.canonical_name if videos and videos[0].codec_context else ""
         if not videos and not audios:
             raise Failure("no_stream", "container", "there is neither a video nor an audio stream")
-        video, audio = (streams[0].index if streams else None for streams in (videos, audios))
-        return video, audio, codec, not UNSEEKABLE & set(container.format.name.split(","))
+        if track is not None and track >= len(audios):
+            there = f"there are {len(audios)}, counted from 0" if audios else "there is none"
+            raise Failure("no_stream", "audio", f"sound track {track} is asked for, {there}")
+        video, audio = _default(videos), audios[track] if track is not None else _default(audios)
+        notes = [
+            f"has {len(streams)} {name} tracks; number {streams.index(chosen)}, counted from 0, is read"
+            for name, streams, chosen in (("picture", videos, video), ("sound", audios, audio))
+            if len(streams) > 1 and not (streams is audios and track is not None)
+        ]
+        return video and video.index, audio and audio.index, notes
 
 
-def _video(
-    path: str, index: int, scan: Scan, request: dict[str, Any], codec: str, seekable: bool
-) -> tuple[np.ndarray, dict[str, Any]]:
+def _default(streams: list[Any]) -> Any:
+    marked = [stream for stream in streams if stream.disposition & av.stream.Disposition.default]
+    return next(iter(marked or streams), None)
+
+
+def _video(path: str, index: int, scan: Scan, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
     """Frames at the wanted rate, uint8 [F, H, W, 3], and their clock."""
-    with av.open(path) as container:
-        rate = next(s for s in container.streams.video if s.index == index).average_rate
+    with open_media(path) as container:
+        rate = _stream(container, index).average_rate
     picks, step = _choose(scan, rate, request)
-    frames = _by_decord(path, picks, len(scan.times)) if codec in DECORD_CODECS and seekable else None
-    backend = "decord" if frames is not None else "pyav"
+    frames = _from_keys(path, index, scan, picks) if scan.stamped else None
     if frames is None:
-        frames = _by_pyav(path, index, scan, picks, seekable)
-    return frames, {"seconds_per_frame": step, "duration": scan.video_end, "backend": backend}
+        frames = _from_start(path, index, scan, scan.times[picks])
+    return frames, {"seconds_per_frame": step, "duration": scan.video_end}
 
 
 def _choose(scan: Scan, rate: Fraction | None, request: dict[str, Any]) -> tuple[np.ndarray, float]:
@@ -242,62 +302,109 @@ def _linspace(last: int, count: int) -> np.ndarray:
     return np.rint(places.astype(np.float32)).astype(np.int64)
 
 
-def _by_decord(path: str, picks: np.ndarray, frames: int) -> np.ndarray | None:
-    """Frames by index, rotated by decord itself; None where it fails or counts other frames than are there."""
-    if decord is None:
-        return None
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-        # decord is known to spin forever on containers that promise more frames than they hold.
-        if len(reader) != frames:
-            return None
-        return reader.get_batch(picks).asnumpy()
-    except (decord.DECORDError, RuntimeError):
-        return None
+def _from_keys(path: str, index: int, scan: Scan, picks: np.ndarray) -> np.ndarray | None:
+    """Frames by index, decoded from the key frames before them; None unless each came back with its own time stamp.
 
-
-def _by_pyav(path: str, index: int, scan: Scan, picks: np.ndarray, seekable: bool) -> np.ndarray:
-    """Frames by index through PyAV, jumping over groups of pictures without a wanted frame; rotated here."""
-    wanted = scan.times[picks]
-    keys = scan.keys if seekable and len(scan.keys) else scan.times[:1]
-    group = np.searchsorted(keys, wanted + _CLOCK_TOLERANCE, side="right") - 1
-    out: list[np.ndarray] = []
-    packets = errors = 0
-    with av.open(path) as container:
-        stream = next(s for s in container.streams.video if s.index == index)
-        stream.thread_count = 1
-        for number in np.unique(group.clip(0)):
-            targets = list(wanted[group.clip(0) == number])
-            if seekable:
-                ticks = (keys[number] + scan.start) / float(stream.time_base or 1)
-                container.seek(round(ticks), stream=stream)
-            shown: av.VideoFrame | None = None
+    Pictures that no other refers to are skipped unless they are wanted. Any error ends the attempt, because what a
+    decoder makes of damage depends on where it began.
+    """
+    wanted = [int(tick) for tick in scan.ticks[picks]]
+    groups = scan.by_key(wanted)
+    if groups is None:
+        return None
+    pictures: dict[int, np.ndarray] = {}
+    with open_media(path) as container:
+        stream = _single_threaded(container, index)
+        stream.codec_context.options = {"err_detect": "explode"}
+        for key, missing in groups.items():
+            container.seek(key, stream=stream)
+            landed = False
             for packet in container.demux(stream):
-                packets += 1
+                landed = landed or (packet.pts == key and packet.is_keyframe)
+                if not landed:
+                    return None
+                needed = not packet.size or packet.pts in missing
+                stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
                 try:
-                    decoded = stream.decode(packet)
+                    frames = stream.decode(packet)
                 except av.error.InvalidDataError:
-                    errors += 1
-                    continue
-                for frame in decoded:
-                    time = (frame.time or 0.0) - scan.start
-                    while targets and shown is not None and time > targets[0] + _CLOCK_TOLERANCE:
-                        out.append(_picture(shown, out))
-                        targets.pop(0)
-                    shown = frame
-                if not targets:
+                    return None
+                if any(frame.is_corrupt for frame in frames):
+                    return None
+                for frame in frames:
+                    if frame.pts in missing:
+                        pictures[frame.pts] = _picture(frame, next(iter(pictures.values()), None))
+                        missing.remove(frame.pts)
+                if not missing:
                     break
-            if shown is not None:
-                out += [_picture(shown, out) for _ in targets]
-    if errors > (1 - MIN_COMPLETE) * packets or len(out) < len(picks):
+            if missing:
+                return None
+    return np.stack([pictures[tick] for tick in wanted])
+
+
+def _from_start(path: str, index: int, scan: Scan, wanted: np.ndarray) -> np.ndarray:
+    """Frames by time, by decoding everything: at each time [F] the last frame that is not later, as a player shows it.
+
+    Raises:
+        Failure: more than a tenth of the packets do not decode, or none of those at the beginning.
+    """
+    # Frames leave a decoder in the order of presentation. Where times are guessed, this order is all that is certain,
+    # so that frames get the sorted times of the packets, unless packets and frames differ in number.
+    frames = None if scan.stamped else _play(path, index, scan, wanted, scan.times)
+    if frames is None:
+        frames = _play(path, index, scan, wanted, None)
+    assert frames is not None
+    return frames
+
+
+def _play(path: str, index: int, scan: Scan, wanted: np.ndarray, times: np.ndarray | None) -> np.ndarray | None:
+    """Frames at the wanted times; `times` [frames] are theirs, None to take what the decoder says.
+
+    Returns None where `times` are not as many as the frames.
+    """
+    out: list[np.ndarray] = []
+    shown: av.VideoFrame | None = None
+    count = packets = errors = 0
+    now = first = 0.0
+    with open_media(path) as container:
+        stream = _single_threaded(container, index)
+        for packet in container.demux(stream):
+            packets += 1
+            try:
+                frames = stream.decode(packet)
+            except av.error.InvalidDataError:
+                errors += 1
+                continue
+            for frame in frames:
+                if times is None:
+                    now = max(now, frame.time - scan.start) if frame.time is not None else now
+                elif count < len(times):
+                    now = times[count]
+                first = first if count else now
+                count += 1
+                while shown is not None and len(out) < len(wanted) and now > wanted[len(out)] + _CLOCK_TOLERANCE:
+                    out.append(_picture(shown, out[0] if out else None))
+                shown = frame
+        while shown is not None and len(out) < len(wanted):
+            out.append(_picture(shown, out[0] if out else None))
+    if errors > (1 - MIN_COMPLETE) * packets or shown is None:
         raise Failure("corrupt", "video", f"{errors} of {packets} packets do not decode")
-    return np.stack(out)
+    if first - max(scan.times[0], wanted[0]) > _LOST_START:
+        lost = f"the first {first - scan.times[0]:.1f} s do not decode: what they refer to was cut away"
+        raise Failure("corrupt", "video", lost)
+    return np.stack(out) if times is None or count == len(times) else None
 
 
-def _picture(frame: av.VideoFrame, before: list[np.ndarray]) -> np.ndarray:
-    """One frame upright as uint8 [H, W, 3], in the size of those before it."""
+def _single_threaded(container: av.container.InputContainer, index: int) -> Any:
+    stream = _stream(container, index)
+    stream.thread_count = 1
+    return stream
+
+
+def _picture(frame: av.VideoFrame, other: np.ndarray | None) -> np.ndarray:
+    """One frame upright as uint8 [H, W, 3], in the size of another of the clip."""
     turns = round(frame.rotation / 90) % 4
-    height, width = before[0].shape[:2] if before else (0, 0)
+    height, width = (0, 0) if other is None else other.shape[:2]
     if turns % 2:
         height, width = width, height
     stored = frame.reformat(format="rgb24", width=width or None, height=height or None).to_ndarray()
@@ -308,8 +415,8 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
     """Mean of the channels, float32 [samples] at the file's own rate, on the clip's clock; None if it is empty."""
     pieces: list[np.ndarray] = []
     written = packets = errors = 0
-    with av.open(path) as container:
-        stream = next(s for s in container.streams.audio if s.index == index)
+    with open_media(path) as container:
+        stream = _stream(container, index)
         rate, length = stream.rate, (container.duration or 0) / av.time_base
         # Only to float32: what FFmpeg makes of several channels is louder than their mean. Not planar, because PyAV
         # reads beyond the planes of eight channels.

@@ -1,8 +1,9 @@
 """Media files to frames and waveforms, decoded in a child process with a wall-clock limit.
 
-Video goes through decord where it can (not AV1, not MPEG-TS), otherwise through PyAV; sound always through
-PyAV, then the mean of its channels is resampled. The clip's clock starts where its first stream starts. What a
-file gives:
+PyAV decodes. Each frame is proven to be the one that was asked for: either it came back with the time stamp that the
+container gives it, or everything was decoded from the start, where containers state no reliable times (AVI, MPEG-TS) or
+something is damaged, and the last frame that is not later was taken, as a player does. Sound is the mean of its
+channels, resampled. The clip's clock starts where its first stream starts. What a file gives:
 
 | file | result |
 |---|---|
@@ -12,6 +13,10 @@ file gives:
 | sound longer than `max_seconds` | cut there; logged with the number of files cut so far |
 | an audio stream without packets | `audio` is None |
 | rotated by a display matrix, or EXIF | frames upright |
+| cut without re-encoding | from the first frame that the container shows; what it hides is decoded, not returned |
+| the opening frames refer to what was cut away | "corrupt" |
+| several sound or picture tracks | the default one, as players take it; logged once for each file |
+| a playlist, or whatever else names other files | "not_media"; nothing that a file names is opened |
 | 0.3 s | at least one frame (a temporal patch is filled by repeating the last frame, see `preprocess`) |
 | more frames than `max_frames` | spread evenly; `seconds_per_frame` is the real one |
 | frame rate that changes | "steps" go by time; "even" by index, at the average rate |
@@ -64,6 +69,8 @@ _BOOT = (
     "runpy.run_path(script, run_name='__main__')"
 )
 
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0", b"[playlist]", b"[Reference]", b"<asx", b"<ASX", b"<smil")
+
 _CURES = {
     "missing": "check the path in the manifest; relative paths are relative to the manifest's folder",
     "empty": "copy or download the file again",
@@ -102,13 +109,11 @@ class VideoFrames:
         frames: uint8 [F, H, W, 3], upright RGB.
         seconds_per_frame: distance of two frames; 1 / fps if the protocol goes by steps and no cap spread them out.
         duration: seconds of the whole video.
-        backend: "decord" or "pyav".
     """
 
     frames: np.ndarray
     seconds_per_frame: float
     duration: float
-    backend: str
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,7 @@ class MediaReader:
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0
         self._served = 0
+        self._told: set[tuple[str, str]] = set()
 
     def read(
         self,
@@ -185,6 +191,7 @@ class MediaReader:
         max_frames: int | None = None,
         placement: Placement = "steps",
         max_seconds: float | None = None,
+        audio_track: int | None = None,
         video: bool = True,
     ) -> Clip:
         """Read one file.
@@ -195,6 +202,7 @@ class MediaReader:
             min_frames, max_frames: at least and at most so many; see `protocol.Protocol`.
             placement: which frames; see `protocol.Protocol`.
             max_seconds: sound beyond is cut off.
+            audio_track: which of the file's sound tracks, counted from 0; default: the one that players take.
             video: whether frames are wanted; sound comes if there is any.
 
         Raises:
@@ -202,7 +210,7 @@ class MediaReader:
         """
         answer, arrays = self._request(
             path, fps=float(fps), min_frames=min_frames, max_frames=max_frames, placement=placement,
-            max_seconds=max_seconds, video=video, probe=False,
+            max_seconds=max_seconds, track=audio_track, video=video, probe=False,
         )  # fmt: skip
         frames = VideoFrames(arrays.pop(0), **answer["video"]) if video else None
         wave = None
@@ -219,6 +227,7 @@ class MediaReader:
         min_frames: int = 1,
         max_frames: int | None = None,
         placement: Placement = "steps",
+        audio_track: int | None = None,
         video: bool = True,
     ) -> MediaInfo:
         """Look at a file's packets and its first frame, and at nothing else; arguments as for `read`.
@@ -227,8 +236,8 @@ class MediaReader:
             MediaError: the file cannot be used. Damage inside the streams is found by `read` only.
         """
         answer, _ = self._request(
-            path, fps=float(fps), min_frames=min_frames, max_frames=max_frames, placement=placement, video=video,
-            probe=True,
+            path, fps=float(fps), min_frames=min_frames, max_frames=max_frames, placement=placement,
+            track=audio_track, video=video, probe=True,
         )  # fmt: skip
         return MediaInfo(
             tuple(answer["streams"]),
@@ -263,6 +272,8 @@ class MediaReader:
         if "failure" in answer:
             kind, stream, reason = answer["failure"]
             raise MediaError(str(path), stream, *_refine(path, kind, reason))
+        for note in answer["notes"]:
+            self._tell_once(path, note)
         return answer, arrays
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -306,7 +317,7 @@ class MediaReader:
             self._receive(1, time.monotonic() + _START_SECONDS)
         except (TimeoutError, EOFError) as error:
             self.close()
-            cure = f"see what '{sys.executable} -c \"import av, numpy, decord\"' says"
+            cure = f"see what '{sys.executable} -c \"import av, numpy\"' says"
             raise DataError(f"the decoding process did not start: {cure}") from error
         return self._child
 
@@ -328,6 +339,11 @@ class MediaReader:
             if not count:
                 raise EOFError
             done += count
+
+    def _tell_once(self, path: str | Path, note: str) -> None:
+        if (str(path), note) not in self._told:
+            self._told.add((str(path), note))
+            logger.warning("%s: %s", path, note)
 
     def _report_cut(self, path: str | Path, seconds: float, max_seconds: float | None) -> None:
         if max_seconds is None or seconds <= max_seconds + 0.1:
@@ -390,6 +406,8 @@ def _refine(path: str | Path, kind: str, reason: str) -> tuple[str, str]:
     with open(path, "rb") as file:
         head = file.read(4096)
     if b"\0" not in head and sum(byte in b"\t\n\r" or byte >= 32 for byte in head) == len(head):
+        if head.lstrip(b"\xef\xbb\xbf \r\n").startswith(_PLAYLISTS) or b"<MPD" in head:
+            return "not_media", "a playlist: it names other files or addresses, which are never opened"
         return "not_media", "the content is text"
     if kind == "corrupt" and head[4:8] == b"ftyp" and not _has_box(path, b"moov"):
         return "truncated", "the index (moov) at the end of the file is missing"
