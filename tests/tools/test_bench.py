@@ -26,3 +26,13 @@ def test_towers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {name: len(values) for name, values in found["runs"].items()} == {"stock": 2, "batched": 2}
     assert found.keys() == {"hidden", "calls", "seconds", "ratio", "runs", "largest_difference"}
     assert report["environment"].keys() == {"omnisieve", "torch", "transformers", "python", "cpu", "threads"}
+
+
+def test_reading(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    size = ["--seconds", "2", "--size", "160", "96", "--repeats", "1", "--damaged", "3"]
+    assert bench.main(["reading", *size, "--out", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert [clip["b_frames"] for clip in report["clips"]] == [0, 3]
+    assert all(clip["equal"] and clip["frames"] == 4 for clip in report["clips"])
+    assert report["damaged"]["wrong by time stamps"] == 0
