@@ -20,7 +20,7 @@ from tests.data.stock import BACKBONE
 def make_batch(loader: MediaLoader) -> Batch:
     """A video and an image in one conversation."""
     frames = np.random.default_rng(0).integers(0, 256, (4, 84, 84, 3), dtype=np.uint8)
-    video = loader.preprocessor.video(VideoFrames(frames, 0.5, 2.0, "pyav"))
+    video = loader.preprocessor.video(VideoFrames(frames, 0.5, 2.0))
     image = loader.preprocessor.image(frames[0])
     media = [
         LoadedMedium(VideoRun(video.grid, video.seconds_per_grid, 0), video),

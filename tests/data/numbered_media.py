@@ -180,19 +180,11 @@ def write(folder: Path, case: Case) -> Path:
 
 
 def shown(path: Path) -> list[tuple[float, int]]:
-    """Time after the file's start and number of each frame, by decoding it from the start with PyAV alone.
-
-    A decoder hands frames over in the order of presentation. AVI has no times for frames that are stored out of order,
-    and what FFmpeg guesses jumps back and forth, so the sorted times belong to the frames in that order.
-    """
+    """Time after the file's start and number of each frame: decoded from the start by PyAV alone, sorted by time."""
     with av.open(str(path)) as container:
         start = (container.start_time or 0) / av.time_base
-        frames = [
-            (frame.time - start, number_of(frame.to_ndarray(format="rgb24")))
-            for frame in container.decode(container.streams.video[0])
-            if frame.time is not None
-        ]
-    return list(zip(sorted(time for time, _ in frames), [number for _, number in frames], strict=True))
+        frames = container.decode(container.streams.video[0])
+        return sorted((frame.time - start, number_of(frame.to_ndarray(format="rgb24"))) for frame in frames)
 
 
 def at(frames: Sequence[tuple[float, int]], wanted: float) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from omnisieve.data.media import MediaError, MediaReader
-from tests.data.numbered_media import CASES, HEIGHT, WIDTH, Case, at, number_of, pitch, pitches_of, shown, write
+from tests.data.numbered_media import CASES, HEIGHT, WIDTH, Case, at, draw, number_of, pitch, pitches_of, shown, write
 
 BY_NAME = {case.name: case for case in CASES}
 REFUSED = {"cut_between.mkv", "cut_between.ts", "cut_between.mp4", "cut_between_mpeg2.ts"}
@@ -118,6 +118,17 @@ def test_no_name_is_interpreted(
     fresh.close()
     assert video is not None
     assert [number_of(frame) for frame in video.frames] == list(range(0, 80, 10))
+
+
+def test_a_bare_stream_is_refused(tmp_path: Path, reader: MediaReader) -> None:
+    path = tmp_path / "bare.h264"
+    with av.open(str(path), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(draw(1), format="rgb24")))
+        container.mux(stream.encode(None))
+    with pytest.raises(MediaError, match="states no times for its frames"):
+        reader.read(path)
 
 
 PLAYLISTS = {

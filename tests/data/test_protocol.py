@@ -134,7 +134,7 @@ def test_the_grid_that_is_foretold_is_the_one_that_is_read() -> None:
     tool = preprocessor(QWEN2_5)
     tool.total_pixels = 6 * 150 * 28 * 28  # what 768 frames do to a released model, 12 do here
     for frames in (2, 6, 12):
-        video = VideoFrames(np.zeros((frames, 300, 400, 3), np.uint8), 0.5, frames / 2, "none")
+        video = VideoFrames(np.zeros((frames, 300, 400, 3), np.uint8), 0.5, frames / 2)
         assert tool.video(video).grid == tool.video_grid(frames, 300, 400)
     assert tool.video_grid(2, 300, 400)[1:] > tool.video_grid(12, 300, 400)[1:]
 

@@ -13,7 +13,10 @@ import signal
 import struct
 import sys
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from heapq import heappop, heappush
 from typing import Any, BinaryIO
 
 import av
@@ -36,6 +39,8 @@ FRAME_FACTOR = 2
 """Evenly spread frames come in such groups, the temporal patches of the models."""
 _CLOCK_TOLERANCE = 1e-3
 _AUDIO_GAP = 0.05
+_REORDERED = 16
+"""Frames that a decoder may hold back, by the standards of H.264 and HEVC."""
 _LOST_START = 0.2
 """Seconds at the beginning that need not decode: pictures in front of the first key frame, which players skip."""
 
@@ -54,6 +59,7 @@ class Scan:
         keys: (place in the file, tick) of the key frames, hidden ones among them.
         places: {tick: place in the file} of the visible frames.
         stamped: whether each frame has a tick of its own that the container states.
+        timeless: whether there are frames without any time.
         video_end: end of the last video frame.
         audio: start and end of the sound; None without a packet of it.
     """
@@ -64,6 +70,7 @@ class Scan:
         sound: list[tuple[float, float]] = []
         self.keys: list[tuple[int, int]] = []
         self.places: dict[int, int] = {}
+        self.timeless = False
         place, stated, end = 0, True, 0.0
         with open_media(path) as container:
             self.start = (container.start_time or 0) / av.time_base
@@ -72,7 +79,7 @@ class Scan:
             for packet in container.demux():
                 stamp = packet.pts if packet.pts is not None else packet.dts
                 if stamp is None or packet.time_base is None:
-                    stated &= packet.stream_index != video or not packet.size
+                    self.timeless |= packet.stream_index == video and packet.size > 0
                     continue
                 if packet.stream_index == video:
                     place += 1
@@ -92,7 +99,8 @@ class Scan:
                     sound.append((time, time + length))
             unit = 1.0 if video is None else float(_stream(container, video).time_base or 1)
         self.audio = (min(first for first, _ in sound), max(last for _, last in sound)) if sound else None
-        self.stamped = bool(STAMPED & formats) and stated and len(self.places) == len(ticks) and bool(self.keys)
+        stated &= not self.timeless and len(self.places) == len(ticks)
+        self.stamped = bool(STAMPED & formats) and stated and bool(self.keys)
         self.ticks = np.sort(np.array(ticks, dtype=np.int64))
         self.times = self.ticks * unit - self.start
         step = float(np.median(np.diff(self.times))) if len(ticks) > 1 else 0.0
@@ -103,6 +111,13 @@ class Scan:
         if DECLARING & formats and present < MIN_COMPLETE * declared:
             reason = f"only {present:.1f} s of the declared {declared:.1f} s are there"
             raise Failure("truncated", "container", reason)
+
+    def check_frames(self) -> None:
+        """Refuse a video without frames, or without times for them."""
+        if not len(self.ticks):
+            if self.timeless:
+                raise Failure("corrupt", "video", "a bare stream, which states no times for its frames")
+            raise Failure("truncated", "video", "there is not a single frame")
 
     def by_key(self, ticks: list[int]) -> dict[int, set[int]] | None:
         """Frames to decode from each key frame; None if one has no key frame in front of it."""
@@ -138,8 +153,7 @@ def decode(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
             raise Failure("no_stream", "video", "there is no video stream, only sound")
         scan = Scan(path, video)
         if request["video"] and video is not None:
-            if not len(scan.times):
-                raise Failure("truncated", "video", "there is not a single frame")
+            scan.check_frames()
             frames, info["video"] = _video(path, video, scan, request)
             arrays.append(frames)
         sound = None
@@ -165,8 +179,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         with open_media(path) as container:
             info["streams"] = [f"{stream.type}/{_codec(stream)}" for stream in container.streams]
             if video is not None and request["video"]:
-                if not len(scan.times):
-                    raise Failure("truncated", "video", "there is not a single frame")
+                scan.check_frames()
                 info["video"] = _probe_video(container, video, scan, request)
             if audio is not None and scan.audio is not None:
                 stream = _stream(container, audio)
@@ -218,16 +231,22 @@ def _streams(path: str, track: int | None) -> tuple[int | None, int | None, list
         if track is not None and track >= len(audios):
             there = f"there are {len(audios)}, counted from 0" if audios else "there is none"
             raise Failure("no_stream", "audio", f"sound track {track} is asked for, {there}")
-        video, audio = _default(videos), audios[track] if track is not None else _default(audios)
-        notes = [
-            f"has {len(streams)} {name} tracks; number {streams.index(chosen)}, counted from 0, is read"
-            for name, streams, chosen in (("picture", videos, video), ("sound", audios, audio))
-            if len(streams) > 1 and not (streams is audios and track is not None)
-        ]
-        return video and video.index, audio and audio.index, notes
+        video, audio = _default(videos), _default(audios) if track is None else audios[track]
+        notes = [_choice("picture", videos, video)] if len(videos) > 1 else []
+        if len(audios) > 1 and track is None:
+            notes.append(_choice("sound", audios, audio))
+        return _index(video), _index(audio), notes
 
 
-def _default(streams: list[Any]) -> Any:
+def _choice(name: str, streams: Sequence[Any], chosen: Any) -> str:
+    return f"has {len(streams)} {name} tracks; number {streams.index(chosen)}, counted from 0, is read"
+
+
+def _index(stream: Any) -> int | None:
+    return None if stream is None else stream.index
+
+
+def _default(streams: Sequence[Any]) -> Any:
     marked = [stream for stream in streams if stream.disposition & av.stream.Disposition.default]
     return next(iter(marked or streams), None)
 
@@ -345,54 +364,62 @@ def _from_keys(path: str, index: int, scan: Scan, picks: np.ndarray) -> np.ndarr
 def _from_start(path: str, index: int, scan: Scan, wanted: np.ndarray) -> np.ndarray:
     """Frames by time, by decoding everything: at each time [F] the last frame that is not later, as a player shows it.
 
+    Where a container states no presentation times, they are what FFmpeg makes of the order of its packets. For H.264
+    with B-frames in AVI they go back and forth by a few frames, so frames are sorted before they are chosen.
+
     Raises:
-        Failure: more than a tenth of the packets do not decode, or none of those at the beginning.
-    """
-    # Frames leave a decoder in the order of presentation. Where times are guessed, this order is all that is certain,
-    # so that frames get the sorted times of the packets, unless packets and frames differ in number.
-    frames = None if scan.stamped else _play(path, index, scan, wanted, scan.times)
-    if frames is None:
-        frames = _play(path, index, scan, wanted, None)
-    assert frames is not None
-    return frames
-
-
-def _play(path: str, index: int, scan: Scan, wanted: np.ndarray, times: np.ndarray | None) -> np.ndarray | None:
-    """Frames at the wanted times; `times` [frames] are theirs, None to take what the decoder says.
-
-    Returns None where `times` are not as many as the frames.
+        Failure: more than a tenth of the packets do not decode, or the opening frames do not.
     """
     out: list[np.ndarray] = []
+    tally = Counter[str]()
+    first: float | None = None
     shown: av.VideoFrame | None = None
-    count = packets = errors = 0
-    now = first = 0.0
     with open_media(path) as container:
-        stream = _single_threaded(container, index)
-        for packet in container.demux(stream):
-            packets += 1
-            try:
-                frames = stream.decode(packet)
-            except av.error.InvalidDataError:
-                errors += 1
-                continue
-            for frame in frames:
-                if times is None:
-                    now = max(now, frame.time - scan.start) if frame.time is not None else now
-                elif count < len(times):
-                    now = times[count]
-                first = first if count else now
-                count += 1
-                while shown is not None and len(out) < len(wanted) and now > wanted[len(out)] + _CLOCK_TOLERANCE:
-                    out.append(_picture(shown, out[0] if out else None))
-                shown = frame
+        for time, frame in _sorted(_decoded(_single_threaded(container, index), container, tally), scan.start):
+            first = time if first is None else first
+            while shown is not None and len(out) < len(wanted) and time > wanted[len(out)] + _CLOCK_TOLERANCE:
+                out.append(_picture(shown, out[0] if out else None))
+            if len(out) == len(wanted):
+                break
+            shown = frame
         while shown is not None and len(out) < len(wanted):
             out.append(_picture(shown, out[0] if out else None))
-    if errors > (1 - MIN_COMPLETE) * packets or shown is None:
-        raise Failure("corrupt", "video", f"{errors} of {packets} packets do not decode")
+    if first is None or tally["errors"] > (1 - MIN_COMPLETE) * tally["packets"]:
+        raise Failure("corrupt", "video", f"{tally['errors']} of {tally['packets']} packets do not decode")
     if first - max(scan.times[0], wanted[0]) > _LOST_START:
         lost = f"the first {first - scan.times[0]:.1f} s do not decode: what they refer to was cut away"
         raise Failure("corrupt", "video", lost)
-    return np.stack(out) if times is None or count == len(times) else None
+    return np.stack(out)
+
+
+def _decoded(
+    stream: Any, container: av.container.InputContainer, tally: Counter[str]
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Frames as they leave the decoder, and their container times; counts "packets" and "errors"."""
+    time = 0.0
+    for packet in container.demux(stream):
+        tally["packets"] += 1
+        try:
+            frames = stream.decode(packet)
+        except av.error.InvalidDataError:
+            tally["errors"] += 1
+            continue
+        for frame in frames:
+            time = time if frame.time is None else frame.time
+            yield time, frame
+
+
+def _sorted(frames: Iterable[tuple[float, av.VideoFrame]], start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Frames by time in seconds after `start`, where none is further from its place than a decoder may reorder."""
+    waiting: list[tuple[float, int, av.VideoFrame]] = []
+    for number, (time, frame) in enumerate(frames):
+        heappush(waiting, (time - start, number, frame))
+        if len(waiting) > _REORDERED:
+            time, _, frame = heappop(waiting)
+            yield time, frame
+    while waiting:
+        time, _, frame = heappop(waiting)
+        yield time, frame
 
 
 def _single_threaded(container: av.container.InputContainer, index: int) -> Any:

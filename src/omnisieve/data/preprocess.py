@@ -139,7 +139,7 @@ class Preprocessor:
         most = self.frame_pixels(-(-frames // step) * step)
         if (height, width, most) not in self._grids:
             # The stock processor decides; two black frames cost it little, and sizes are few.
-            black = VideoFrames(np.zeros((step, height, width, 3), np.uint8), 1.0, 1.0, "none")
+            black = VideoFrames(np.zeros((step, height, width, 3), np.uint8), 1.0, 1.0)
             self._grids[height, width, most] = self.video(black, most).grid[1:]
         return -(-frames // step), *self._grids[height, width, most]
 
