@@ -68,13 +68,13 @@ def test_the_batches_of_a_step_are_grouped_by_length(tmp_path: Path):
     manifest, sizes = tmp_path / "m.jsonl", tmp_path / "sizes.jsonl"
     manifest.write_text("".join(map(line, range(12))))
     media = MediaLoader(Preprocessor(stock_processor(), rules()))
-    settings = build_compressor("random", retained_ratio=0.5).settings
+    compressor = build_compressor("random", retained_ratio=0.5)
     data = DataSection(train=str(manifest), workers=0)
 
     def step(**train: object) -> list[Batch]:
         section = TrainSection(max_steps=1, micro_batch_size=2, gradient_accumulation_steps=4, **train)
         check_manifests(data, section)
-        return list(itertools.islice(open_streams(data, section, media, settings, Alone()).train, 4))
+        return list(itertools.islice(open_streams(data, section, media, compressor, Alone()).train, 4))
 
     plain = step()
     write_sizes(sizes, manifest, media.preprocessing(""), [[20 + 5 * index, 0, 0] for index in range(12)])
