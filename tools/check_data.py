@@ -40,7 +40,7 @@ from omnisieve.config import ConfigError, MediaSection, TrainConfig, read_config
 from omnisieve.data.batch import Sample
 from omnisieve.data.check import Files, Row, Sampling, identity_of, note, size_of
 from omnisieve.data.dataset import LoadedMedium, MediaLoader
-from omnisieve.data.errors import DataError, SampleError
+from omnisieve.data.errors import DataError, SampleError, shortened
 from omnisieve.data.manifest import Manifest, ManifestError, MediaPart, holds
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.data.sizes import write_sizes
@@ -279,6 +279,11 @@ def summary(manifest: Path, files: Sequence[Row], samples: Sequence[Row]) -> str
     return "\n".join(lines) + "\n"
 
 
+def name_of(row: Row) -> str:
+    """What the summary calls a file or a sample."""
+    return shortened(row.get("path") or row["id"] or "line")
+
+
 def table(title: str, found: Sequence[tuple[Row, Row]]) -> list[str]:
     """Remarks by kind, with a few examples each."""
     if not found:
@@ -286,7 +291,7 @@ def table(title: str, found: Sequence[tuple[Row, Row]]) -> list[str]:
     lines = ["", f"| {title} | count | for example | what to do |", "|---|---|---|---|"]
     for kind, count in Counter(remark["kind"] for _, remark in found).most_common():
         these = [(row, remark) for row, remark in found if remark["kind"] == kind]
-        examples = "; ".join(f"{row.get('path') or row['id'] or 'line'}: {r['reason']}" for row, r in these[:SHOWN])
+        examples = "; ".join(f"{name_of(row)}: {remark['reason']}" for row, remark in these[:SHOWN])
         actions = "; ".join(dict.fromkeys(remark["action"] for _, remark in these))
         lines.append(f"| {kind} | {count} | {examples} | {actions} |")
     return lines

@@ -35,8 +35,8 @@ def refusal(path: Path) -> MediaError:
     return caught.value
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "jfif", "jpe", "webp", "bmp", "tif", "tiff", "avif", "gif", "jp2",
-                                    "ppm"])  # fmt: skip
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "jfif", "jpe", "webp", "bmp", "tif", "tiff", "avif", "gif",
+                                    "jp2", "ppm"])  # fmt: skip
 def test_stills_of_every_format(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(COLOR).save(path, **({"format": "JPEG"} if suffix in ("jfif", "jpe") else {}))

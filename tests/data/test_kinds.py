@@ -68,7 +68,8 @@ def test_a_photo_of_a_phone_is_no_film(tmp_path: Path) -> None:
     assert kind_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 50) == "image"
 
 
-@pytest.mark.parametrize("content", [b"", b"text\n" * 99, b"#EXTM3U\n#EXTINF:1,\na.ts\n", b"ffconcat version 1.0\nfile a\n",
+@pytest.mark.parametrize("content", [b"", b"text\n" * 99, b"#EXTM3U\n#EXTINF:1,\na.ts\n",
+                                     b"ffconcat version 1.0\nfile a\n",
                                      np.random.default_rng(0).bytes(5000)])  # fmt: skip
 def test_what_is_no_medium_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.ts").write_bytes(content)

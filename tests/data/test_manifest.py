@@ -124,9 +124,15 @@ def test_questions_stand_alone(tmp_path: Path) -> None:
         ({"messages": [user("<video>?")]}, r"key 'videos': fewer files than <video> tags"),
         ({"messages": [user("?")], "videos": ["a"]}, r"key 'videos': more files than <video> tags"),
         ({"messages": [user("?")], "audios": "a.wav"}, r"key 'audios': a list of paths"),
-        ({"messages": [user("<audio>?")], "audios": ["file:///b.wav"]}, r"key 'audios\[0\]': file:///b.wav is a file URL"),
+        (
+            {"messages": [user("<audio>?")], "audios": ["file:///b.wav"]},
+            r"key 'audios\[0\]': file:///b.wav is a file URL",
+        ),
         ({"messages": [user([{"type": "video", "video": "s3://a/b"}])]}, r"\.video': s3://a/b is an address; download"),
-        ('{"messages": [{"role": "user", "content": [{"type": "video", "video": "a", "fps": NaN}]}]}', "a positive number"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "video", "video": "a", "fps": NaN}]}]}',
+            "a positive number",
+        ),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"line 2: half a character .*\\ud83d"),
         ('{"messages": ' + "[" * 100_000, "line 2: no valid JSON"),
         ('{"messages": ' + "1" * 5000 + "}", "line 2: no valid JSON"),
@@ -188,8 +194,8 @@ def test_what_is_no_path_is_named_in_short(text: str, told: str) -> None:
     assert len(found) < 200
 
 
-@pytest.mark.parametrize("text", ["a.mp4", "/a/b c.mp4", "12:30.mp4", "C:/a.mp4", "data.mp4", "file.mp4", "data", "%03d.png",
-                                  "a/" * 200 + "b.mp4", "concat:a|b", "video " * 50 + ".mp4"])  # fmt: skip
+@pytest.mark.parametrize("text", ["a.mp4", "/a/b c.mp4", "12:30.mp4", "C:/a.mp4", "data.mp4", "file.mp4", "data",
+                                  "%03d.png", "a/" * 200 + "b.mp4", "concat:a|b", "video " * 50 + ".mp4"])  # fmt: skip
 def test_any_name_may_be_a_path(text: str) -> None:
     assert no_path(text) is None
 
