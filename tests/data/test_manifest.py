@@ -195,7 +195,8 @@ def test_what_is_no_path_is_named_in_short(text: str, told: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a.mp4", "/a/b c.mp4", "12:30.mp4", "C:/a.mp4", "data.mp4", "file.mp4", "data",
-                                  "%03d.png", "a/" * 200 + "b.mp4", "concat:a|b", "video " * 50 + ".mp4"])  # fmt: skip
+                                  "%03d.png", "a/" * 200 + "b.mp4", "concat:a|b", "a" * 5000,
+                                  "video " * 50 + ".mp4"])  # fmt: skip
 def test_any_name_may_be_a_path(text: str) -> None:
     assert no_path(text) is None
 

@@ -25,6 +25,8 @@ from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun
 Row = dict[str, Any]
 _RUNS: dict[str, type] = {"video": VideoRun, "audio": AudioRun, "image": ImageRun}
 _LATE_SECONDS = 0.05
+_LOOK = 2
+"""Changes when a look finds what it did not find before: rows of earlier reports then no longer hold."""
 _WIDEST = 200
 """Longer side over shorter side that the stock processors take."""
 
@@ -86,7 +88,7 @@ class Files(Dataset[Row]):
             "kind": part.kind,
             "bytes": found.st_size if found else None,
             "changed": found.st_mtime_ns if found else None,
-            "asked": [*asked, self.decode, tokens],
+            "asked": [*asked, self.decode, tokens, _LOOK],
         }
 
     def look(self, part: MediaPart) -> Row:

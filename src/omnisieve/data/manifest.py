@@ -46,6 +46,7 @@ _MARK = re.compile(
 )
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{256,}={0,2}\s*")
+_FEW_CHARACTERS = 20  # more than that are in the base64 of any file, and in few names
 _SHOWN = 60
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SAMPLING: dict[str, Any] = {"fps": (int, float), "max_frames": (int,)}
@@ -237,7 +238,7 @@ def no_path(text: str) -> str | None:
         return f"{shown} is a file URL; give the path alone, {unquote(urlsplit(text).path)}"
     if _ADDRESS.match(text):
         return f"{shown} is an address; download the file and give its path"
-    if _BASE64.fullmatch(text):
+    if _BASE64.fullmatch(text) and len(set(text)) > _FEW_CHARACTERS:
         return f"{shown} looks like base64, the content itself; write it to a file and give the file's path"
     return None
 
