@@ -33,9 +33,9 @@ def main() -> int:
     from omnisieve.training.memory import memory
 
     try:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"checking {config.model.path} and the data", file=sys.stderr, flush=True)
-        check_run(config)
+        tell(f"checking {config.model.path} and the data")
+        for remark in check_run(config):
+            tell(remark)
         ranks = connect()
         before = memory(ranks.device)["process"]
         trainer = build_trainer(config, ranks)
@@ -52,6 +52,12 @@ def main() -> int:
         traceback.print_exc()
         leave(1)
     leave(0)
+
+
+def tell(text: str) -> None:
+    """Say it once, before processes know each other."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def fail(error: Exception) -> int:

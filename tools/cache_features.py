@@ -154,6 +154,10 @@ def find_device(local_rank: int) -> torch.device:
 
 def fill(config: TrainConfig | EvalConfig, process: Process) -> int:
     """Encode this process's share; the first one then waits for the others and writes the index."""
+    if process.rank == 0:
+        for manifest, limit in manifests_of(config):
+            for remark in manifest.check(limit, files=False):
+                print(remark, file=sys.stderr)
     model = config.model
     adapter = adapter_for(
         load_backbone(
@@ -250,11 +254,15 @@ def load_recipe(argv: list[str]) -> TrainConfig | EvalConfig:
 
 def media_of(config: TrainConfig | EvalConfig) -> list[MediaPart]:
     """Every medium of the recipe's manifests, once."""
-    if isinstance(config, TrainConfig):
-        clips = [clip for path in (config.data.train, config.data.val) if path for clip in Manifest(path)]
-    else:
-        clips = Manifest(config.manifest)[: config.limit]
+    clips = (clip for manifest, limit in manifests_of(config) for clip in manifest[:limit])
     return list(dict.fromkeys(part for clip in clips for part in clip.media))
+
+
+def manifests_of(config: TrainConfig | EvalConfig) -> list[tuple[Manifest, int | None]]:
+    """The recipe's manifests, each with the number of its lines that count; None: all."""
+    if isinstance(config, EvalConfig):
+        return [(Manifest(config.manifest), config.limit)]
+    return [(Manifest(path), None) for path in (config.data.train, config.data.val) if path]
 
 
 def compressors_of(config: TrainConfig | EvalConfig, hidden_size: int) -> Iterator[Compressor]:

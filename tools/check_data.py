@@ -5,7 +5,8 @@
     python tools/check_data.py train.jsonl --decode
 
 Files are probed: packets and the first frame are read; --decode reads them as training would, which also finds damage
-inside. With a recipe, tokens per sample are counted before and after its compressor; no frame is decoded for it.
+inside. With a recipe, tokens per sample are counted before and after its compressor, and samples that it cannot bring
+to its ratio are named; no frame is decoded for it.
 
 Writes files.jsonl, samples.jsonl and summary.md into MANIFEST.check, or --report; with a recipe also sizes.jsonl, which
 its train.group_by_length can name. A second run looks only at files that are new, changed or broken. Exit status 1:
@@ -20,6 +21,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +35,19 @@ from omnisieve.backbones.families import family_of
 from omnisieve.backbones.media import media_loader
 from omnisieve.backbones.protocols import protocol_of
 from omnisieve.backbones.reference import SHAPES, reference_config
-from omnisieve.compressors import Compressor, CompressorError
+from omnisieve.compressors import Compressor, CompressorError, UnreachableRatioError
 from omnisieve.config import ConfigError, MediaSection, TrainConfig, read_config
 from omnisieve.data.batch import Sample
 from omnisieve.data.check import Files, Row, Sampling, identity_of, note, size_of
 from omnisieve.data.dataset import LoadedMedium, MediaLoader
-from omnisieve.data.errors import DataError
-from omnisieve.data.manifest import Manifest, ManifestError, MediaPart
+from omnisieve.data.errors import DataError, SampleError, shortened
+from omnisieve.data.manifest import Manifest, ManifestError, MediaPart, holds
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.data.sizes import write_sizes
 from omnisieve.data.tokens import IGNORED, Run
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.training.build import make_compressor
+from omnisieve.training.reach import Reach, drawn
 
 FILES, SAMPLES, SIZES, SUMMARY = "files.jsonl", "samples.jsonl", "sizes.jsonl", "summary.md"
 SHOWN = 5
@@ -56,11 +59,11 @@ def main(argv: list[str]) -> int:
     folder: Path = args.report or args.manifest.with_name(f"{args.manifest.name}.check")
     folder.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(args.manifest)
-    media, loader, compressor = MediaSection(), None, None
+    media, loader = MediaSection(), None
     if args.config is not None:
         config = read_config(TrainConfig, args.config, args.overrides)
         media = config.data
-        loader, compressor = token_counter(config, args.ratio)
+        loader, compressors = token_counter(config, args.ratio)
     parts, lines = read_lines(manifest)
     # Without a recipe, files are looked at as for the released models.
     sampled = loader or protocol_of(media, reference_config(SHAPES[0]))
@@ -69,7 +72,7 @@ def main(argv: list[str]) -> int:
     samples = list(lines)
     if loader is not None:
         sizes = {part: size_of(row) for part, row in zip(parts, files, strict=True)}
-        counter = Samples(manifest, loader, compressor, sizes, args.max_tokens or config.data.max_tokens)
+        counter = Samples(manifest, loader, compressors, sizes, args.max_tokens or config.data.max_tokens)
         samples = list(tqdm(ahead(counter, args.workers), total=len(counter), desc="samples", unit="sample"))
         write_sizes(folder / SIZES, args.manifest, loader.preprocessing(""), map(sizes_of, samples))
     write_rows(folder / SAMPLES, samples)
@@ -98,8 +101,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def token_counter(config: TrainConfig, ratio: float | None) -> tuple[MediaLoader, Compressor]:
+def token_counter(config: TrainConfig, ratio: float | None) -> tuple[MediaLoader, list[Compressor]]:
     """What turns files into counts for a recipe's model, whose weights are not needed.
+
+    Of the compressors the first counts what stays; the others are at the ends of the range that training draws from.
 
     Raises:
         BackboneError: its folder holds no supported model.
@@ -114,7 +119,9 @@ def token_counter(config: TrainConfig, ratio: float | None) -> tuple[MediaLoader
         adapter = adapter_for(family.thinker(family.thinker.config_class.from_pretrained(config.model.path)))
     compressor = make_compressor(config, adapter.hidden_size)
     loader = media_loader(config.model.path, adapter, config.data, use_cache=False)
-    return loader, compressor if ratio is None else compressor.at(retained_ratio=ratio)
+    if ratio is not None:
+        return loader, [compressor.at(retained_ratio=ratio)]
+    return loader, [compressor, *drawn(compressor, config.train.ratio)]
 
 
 def read_lines(manifest: Manifest) -> tuple[list[MediaPart], list[Row]]:
@@ -125,10 +132,12 @@ def read_lines(manifest: Manifest) -> tuple[list[MediaPart], list[Row]]:
         try:
             conversation = manifest[index]
         except ManifestError as error:
-            rows.append({"id": None, "problem": {"kind": "manifest", "reason": str(error), "action": "correct it"}})
+            rows.append({"id": None, "problem": note("manifest", str(error), "correct it")})
             continue
         parts.update(dict.fromkeys(conversation.media))
-        rows.append({"id": conversation.id, "problem": None})
+        mark = conversation.mark()
+        problem = None if mark is None else problem_of(conversation.text_error(holds(mark)))
+        rows.append({"id": conversation.id, "problem": problem})
     return list(parts), rows
 
 
@@ -161,11 +170,12 @@ class Samples(Dataset[Row]):
         self,
         manifest: Manifest,
         loader: MediaLoader,
-        compressor: Compressor | None,
+        compressors: Sequence[Compressor],
         sizes: Mapping[MediaPart, Run | None],
         max_tokens: int | None,
     ) -> None:
-        self.manifest, self.loader, self.compressor = manifest, loader, compressor
+        self.manifest, self.loader, self.compressor = manifest, loader, compressors[0]
+        self.reach = Reach(compressors[1:] or compressors, loader.preprocessor.rules.ids_per_chunk)
         self.sizes, self.max_tokens = sizes, max_tokens
 
     def __len__(self) -> int:
@@ -181,7 +191,12 @@ class Samples(Dataset[Row]):
             if broken:
                 row["notes"] = [note("replaced", f"{broken[0]} is broken", "training puts another sample in its place")]
                 return row
-            return row | self.count(self.loader.sample(conversation, [LoadedMedium(s) for s in sizes if s is not None]))
+            sample = self.loader.sample(conversation, [LoadedMedium(s) for s in sizes if s is not None])
+            row |= self.count(sample)
+            self.reach(conversation, sample)
+            return row
+        except SampleError as error:
+            return row | {"problem": problem_of(error)}
         except DataError as error:
             return row | {"problem": note("manifest", str(error), "correct it")}
 
@@ -195,25 +210,27 @@ class Samples(Dataset[Row]):
         if self.max_tokens is not None and len(sample.input_ids) > self.max_tokens:
             text = f"{len(sample.input_ids)} tokens, above {self.max_tokens}"
             notes.append(note("too_long", text, "lower fps, max_frames or max_pixels, or cut the clip"))
-        try:
+        with suppress(UnreachableRatioError):  # which `reach` says, where training asks for it
             row["tokens_after"] = self.after(sample)
-        except CompressorError as error:
-            notes.append(note("unreachable", str(error), "choose another ratio"))
         return row | {"notes": notes}
 
     def after(self, sample: Sample) -> int:
         """Tokens that stay."""
         rules = self.loader.preprocessor.rules
         layout = TokenLayout.stack([sample.tokens], ids_per_window=rules.ids_per_chunk)
-        assert self.compressor is not None  # there is one whenever there is a loader
         budget = self.compressor.budget(layout)
         media = sum(int(layout.counts(m)[0]) for m in (Modality.VIDEO, Modality.AUDIO))
         return len(sample.input_ids) - media + int(budget.total[0])
 
 
+def problem_of(error: SampleError) -> Row:
+    """Why a sample cannot be used."""
+    return note(error.kind, error.reason, error.cure)
+
+
 def sizes_of(row: Row) -> list[int] | None:
     """Tokens of a sample: text and images, video, audio; None if it is broken."""
-    if "tokens" not in row:
+    if row["problem"] is not None or "tokens" not in row:
         return None
     video, audio = (row.get(f"{name}_tokens", 0) for name in ("video", "audio"))
     return [row["tokens"] - video - audio, video, audio]
@@ -262,6 +279,11 @@ def summary(manifest: Path, files: Sequence[Row], samples: Sequence[Row]) -> str
     return "\n".join(lines) + "\n"
 
 
+def name_of(row: Row) -> str:
+    """What the summary calls a file or a sample."""
+    return shortened(row.get("path") or row["id"] or "line")
+
+
 def table(title: str, found: Sequence[tuple[Row, Row]]) -> list[str]:
     """Remarks by kind, with a few examples each."""
     if not found:
@@ -269,7 +291,7 @@ def table(title: str, found: Sequence[tuple[Row, Row]]) -> list[str]:
     lines = ["", f"| {title} | count | for example | what to do |", "|---|---|---|---|"]
     for kind, count in Counter(remark["kind"] for _, remark in found).most_common():
         these = [(row, remark) for row, remark in found if remark["kind"] == kind]
-        examples = "; ".join(f"{row.get('path') or row['id'] or 'line'}: {r['reason']}" for row, r in these[:SHOWN])
+        examples = "; ".join(f"{name_of(row)}: {remark['reason']}" for row, remark in these[:SHOWN])
         actions = "; ".join(dict.fromkeys(remark["action"] for _, remark in these))
         lines.append(f"| {kind} | {count} | {examples} | {actions} |")
     return lines

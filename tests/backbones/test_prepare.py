@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor
 
 from omnisieve import attach, build_compressor, load_backbone, prepare, save_compressor
+from omnisieve.backbones import adapter_for
 from omnisieve.config import MediaSection
+from omnisieve.data.errors import DataError
 from omnisieve.data.media import MediaError
 from omnisieve.data.synthetic import manifest_text, write_clip
+from tests.data.media_files import MediaSpec, write_media
 from tests.data.stock import BACKBONE, save_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +78,29 @@ def test_a_file_that_cannot_be_read_is_named() -> None:
     model, processor = load_backbone(BACKBONE), AutoProcessor.from_pretrained(str(BACKBONE))
     with pytest.raises(MediaError, match=r"gone\.mp4.*there is no such file"):
         prepare(model, processor, "gone.mp4", "What?")
+
+
+def test_kinds_are_told_by_content(clip: Path, tmp_path: Path) -> None:
+    model, processor = load_backbone(BACKBONE), AutoProcessor.from_pretrained(str(BACKBONE))
+    sound = write_media(
+        tmp_path / "sound.webm", MediaSpec(0, audio_seconds=1, audio_codec="libopus", sample_rate=48_000)
+    )
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.tif")
+    config = adapter_for(model).token_rules()
+    for path, token in ((clip, config.video_token_id), (sound, config.audio_token_id),
+                        (tmp_path / "picture.tif", config.image_token_id)):  # fmt: skip
+        renamed = tmp_path / "medium.dat"
+        renamed.write_bytes(path.read_bytes())
+        assert token in prepare(model, processor, str(renamed), "What?")["input_ids"][0].tolist()
+    for text, told in (
+        ("https://a.org/b.mp4", "is an address"),
+        ("file:///b.mp4", "is a file URL"),
+        ("A" * 900, "base64"),
+    ):
+        with pytest.raises(DataError, match=told):
+            prepare(model, processor, text, "What?")
+    with pytest.raises(DataError, match=r"the text holds <\|VIDEO\|>"):
+        prepare(model, processor, clip, "What is <|VIDEO|>?")
 
 
 @pytest.mark.parametrize("page", ["README.md", "src/omnisieve/__init__.py"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from omnisieve.data.manifest import Manifest, ManifestError, MediaPart
+from omnisieve.data.manifest import Manifest, ManifestError, MediaPart, no_path
 
 ANSWER = {"role": "assistant", "content": "red"}
 
@@ -125,6 +125,18 @@ def test_questions_stand_alone(tmp_path: Path) -> None:
         ({"messages": [user("?")], "videos": ["a"]}, r"key 'videos': more files than <video> tags"),
         ({"messages": [user("?")], "audios": "a.wav"}, r"key 'audios': a list of paths"),
         (
+            {"messages": [user("<audio>?")], "audios": ["file:///b.wav"]},
+            r"key 'audios\[0\]': file:///b.wav is a file URL",
+        ),
+        ({"messages": [user([{"type": "video", "video": "s3://a/b"}])]}, r"\.video': s3://a/b is an address; download"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "video", "video": "a", "fps": NaN}]}]}',
+            "a positive number",
+        ),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"line 2: half a character .*\\ud83d"),
+        ('{"messages": ' + "[" * 100_000, "line 2: no valid JSON"),
+        ('{"messages": ' + "1" * 5000 + "}", "line 2: no valid JSON"),
+        (
             {"messages": [user("?"), {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]},
             r"key 'messages\[1\].content': media belong to user messages",
         ),
@@ -151,6 +163,53 @@ def test_missing_media_are_named_with_line_and_cure(tmp_path: Path) -> None:
     assert "line 5: " in told
     assert "; and 1 more. Correct the paths" in told
     assert "c.mp4" not in told
+
+
+def test_a_path_that_the_system_refuses_is_the_error_of_its_sample(tmp_path: Path) -> None:
+    for name in ("a" * 5000 + ".mp4", "a\0.mp4"):
+        lines = manifest(tmp_path, {"messages": [user("<video>?"), ANSWER], "videos": [name]})
+        assert lines.check() == []
+
+
+BASE64 = "AAAAIGZ0eXBpc29tAAACAGlzb21pc28yYXZjMW1wNDEAAAAIZnJlZQAB" * 100
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "it is empty"),
+        ("https://example.org/a.mp4", "is an address; download the file and give its path"),
+        ("HTTP://example.org/a.mp4", "is an address"),
+        ("gs://bucket/a.mp4", "is an address"),
+        ("file:///data/my%20clip.mp4", "is a file URL; give the path alone, /data/my clip.mp4"),
+        (f"data:video/mp4;base64,{BASE64}", "is a data URL, the content itself; write it to a file"),
+        (BASE64, "looks like base64, the content itself; write it to a file"),
+        (BASE64 + "==", "looks like base64"),
+    ],
+)
+def test_what_is_no_path_is_named_in_short(text: str, told: str) -> None:
+    found = no_path(text)
+    assert found is not None
+    assert told in found
+    assert len(found) < 200
+
+
+@pytest.mark.parametrize("text", ["a.mp4", "/a/b c.mp4", "12:30.mp4", "C:/a.mp4", "data.mp4", "file.mp4", "data",
+                                  "%03d.png", "a/" * 200 + "b.mp4", "concat:a|b", "a" * 5000,
+                                  "video " * 50 + ".mp4"])  # fmt: skip
+def test_any_name_may_be_a_path(text: str) -> None:
+    assert no_path(text) is None
+
+
+def test_marks_of_templates_are_said_when_the_manifest_is_read(tmp_path: Path) -> None:
+    good, bad = {"messages": [user("Hi"), ANSWER]}, {"messages": [user("What is <|VIDEO|>?"), ANSWER]}
+    assert manifest(tmp_path, good).check() == []
+    (remark,) = manifest(tmp_path, good, bad, good, bad, bad, bad).check()
+    assert remark.startswith(f"{tmp_path}/m.jsonl: 4 of 6 samples cannot be used: line 2: the text holds <|VIDEO|>")
+    assert "; and 1 more. Correct the texts" in remark
+    with pytest.raises(ManifestError, match="1 of 1 samples cannot be used"):
+        manifest(tmp_path, bad).check()
+    assert manifest(tmp_path, good, bad).check(1) == []
 
 
 def test_unusual_line_separators_are_content(tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from omnisieve.data.media import MediaError, MediaReader, VideoFrames, _resample, read_image
+from omnisieve.data.media import MediaError, MediaReader, VideoFrames, _resample
 from tests.data.media_files import FAULTS, TONE_HZ, frame_level, write_faulty
 
 Media = Callable[..., Path]
@@ -287,26 +286,6 @@ def test_a_reader_that_was_used_serves_in_workers(media: Media, context: str) ->
     assert reader._child is not None
     assert reader._child.pid == own
     reader.close()
-
-
-def test_images(tmp_path: Path, media: Media) -> None:
-    picture = np.zeros((8, 12, 3), dtype=np.uint8)
-    picture[:2] = 255
-    Image.fromarray(picture).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), picture)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
-    Image.fromarray(picture).resize((120, 80)).save(tmp_path / "b.jpg", exif=exif)
-    turned = read_image(tmp_path / "b.jpg")
-    assert turned.shape == (120, 80, 3)
-    assert turned[:, -10:].min() > 180
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "n.png")
-    (tmp_path / "c.png").write_bytes((tmp_path / "n.png").read_bytes()[:2000])
-    (tmp_path / "d.png").write_bytes(b"text")
-    for name, kind in (("c.png", {"truncated", "corrupt"}), ("d.png", {"not_media"}), ("e.png", {"missing"})):
-        with pytest.raises(MediaError) as caught:
-            read_image(tmp_path / name)
-        assert caught.value.kind in kind
 
 
 def test_a_probe_tells_what_is_in_a_file(media: Media, reader: MediaReader) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from omnisieve.artifact import save_compressor
 from omnisieve.compressors import base, build_compressor
@@ -74,6 +75,27 @@ def test_report_of_real_files(config: EvalConfig) -> None:
         "audio_seconds": 300.0,
     }  # fmt: skip
     assert resolved.items() <= protocol.items()
+
+
+def test_a_question_that_cannot_be_asked_costs_no_other(
+    config: EvalConfig, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[0]["messages"][2]["content"] += " <|vision_bos|>"
+    lines[1]["messages"][0]["content"] += [{"type": "image", "image": "thin.png"}]
+    Image.new("RGB", (3000, 4)).save(manifest.parent / "thin.png")
+    config.manifest = str(manifest.with_name("marked.jsonl"))
+    Path(config.manifest).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report, _ = evaluate(config)
+    for row in report["rows"]:
+        assert (row["n_questions"], row["n_clips"], row["n_failures"]) == (3, 1, 9)
+    errors = {Path(failure["clip"].split()[0]).name: failure["error"] for failure in report["failures"]}
+    assert len(errors) == len(report["failures"]) == 3
+    told = " ".join(errors.values())
+    assert "the text holds <|vision_bos|>" in told
+    assert "ValueError: absolute aspect ratio must be smaller than 200" in told
+    assert "truncated" in told
+    assert "1 of 3 samples cannot be used: line 1: the text holds <|vision_bos|>" in capsys.readouterr().err
 
 
 def test_report_of_real_files_with_qwen3(config: EvalConfig, tmp_path: Path) -> None:

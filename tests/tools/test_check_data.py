@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tools import check_data
 
 from omnisieve.compressors import build_compressor
@@ -126,6 +127,63 @@ def test_decoding_finds_damage_inside(good: Path) -> None:
     path.write_bytes(content)
     assert check_data.main([str(good), "--workers", "0"]) == 0
     assert check_data.main([str(good), "--workers", "0", "--decode"]) == 1
+
+
+def test_samples_that_cannot_have_their_ratio_are_named_with_the_cure(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_media(good.parent / "sound.mp4", MediaSpec(seconds=0.3, audio_seconds=20))
+    good.write_text(good.read_text() + line("sound"))
+    recipe = ["--config", str(good.parent / "recipe.yaml"), "--workers", "0", "data.audio.max_seconds=60"]
+    fixed = [*recipe, "compressor.retained_ratio=0.35", "compressor.audio_ratio=0.3"]
+    for arguments, status in (
+        (recipe, 0),
+        (fixed, 1),
+        ([*fixed, "--ratio", "0.5"], 0),
+        ([*recipe, "--ratio", "0.9"], 0),
+    ):
+        assert check_data.main([str(good), *arguments]) == status
+        problems = {row["id"]: row["problem"] for row in report(good, "samples.jsonl") if row["problem"]}
+        told = capsys.readouterr().out
+        if not status:
+            assert problems == {}
+            continue
+        assert set(problems) == {"sound"}
+        assert problems["sound"]["kind"] == "unreachable"
+        assert "reachable are" in problems["sound"]["reason"]
+        assert "choose a ratio within reach" in problems["sound"]["action"]
+        assert "| unreachable | 1 | " in told
+        sizes = [json.loads(row) for row in (good.parent / "m.jsonl.check" / "sizes.jsonl").read_text().splitlines()]
+        assert sum("null" in json.dumps(row) for row in sizes) >= 1
+
+
+@pytest.mark.parametrize("recipe", [False, True])
+def test_what_no_sample_may_hold_is_named_and_the_check_goes_on(good: Path, recipe: bool) -> None:
+    Image.new("RGB", (3000, 4)).save(good.parent / "thin.png")
+    write_media(good.parent / "thin.mp4", MediaSpec(seconds=0.5, width=1280, height=4))
+    Image.new("RGB", (9, 9)).save(good.parent / "a.gif", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")])
+    (good.parent / "folder.mp4").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(good.parent / "damaged.avif")
+    content = (good.parent / "damaged.avif").read_bytes()
+    (good.parent / "damaged.avif").write_bytes(content[:-800])
+    names = {"thin.png": "unusable", "thin.mp4": "unusable", "a.gif": "animated", "folder.mp4": "missing",
+             "damaged.avif": "corrupt", "a" * 5000 + ".mp4": "missing", "a\0.mp4": "missing"}  # fmt: skip
+    for name in names:
+        kind = "video" if name.endswith("mp4") else "image"
+        row = {"id": name, "messages": [{"role": "user", "content": [{"type": kind, kind: name}]}]}
+        good.write_text(good.read_text() + json.dumps(row) + "\n")
+    good.write_text(good.read_text() + line("plain").replace("What?", "What is <|AUDIO|>?"))
+    good.write_text(good.read_text() + line("data:video/mp4;base64," + "A" * 90_000))
+    options = ["--config", str(good.parent / "recipe.yaml")] if recipe else []
+    assert check_data.main([str(good), "--workers", "0", *options]) == 1
+    found = {Path(row["path"]).name: row["problem"]["kind"] for row in report(good, "files.jsonl") if row["problem"]}
+    assert found == names
+    problems = [row["problem"] for row in report(good, "samples.jsonl") if row["problem"]]
+    assert [problem["kind"] for problem in problems] == ["text", "manifest"]
+    assert "<|AUDIO|>" in problems[0]["reason"]
+    assert "is a data URL" in problems[1]["reason"]
+    assert len(problems[1]["reason"]) < 500
 
 
 def test_tokens_need_a_recipe(good: Path) -> None:

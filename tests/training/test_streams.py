@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from omnisieve.data.errors import DataError
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.sizes import write_sizes
 from omnisieve.layout import Modality
+from omnisieve.training.reach import Reach, drawn
 from omnisieve.training.streams import check_manifests, lengths_in_llm, open_streams, val_shards
+from tests.data.media_files import MediaSpec, write_media
 from tests.data.stock import rules, stock_processor
 from tests.layouts import LayoutSpec, make_layout
 from tests.training.runs import Alone
@@ -68,13 +71,13 @@ def test_the_batches_of_a_step_are_grouped_by_length(tmp_path: Path):
     manifest, sizes = tmp_path / "m.jsonl", tmp_path / "sizes.jsonl"
     manifest.write_text("".join(map(line, range(12))))
     media = MediaLoader(Preprocessor(stock_processor(), rules()))
-    settings = build_compressor("random", retained_ratio=0.5).settings
+    compressor = build_compressor("random", retained_ratio=0.5)
     data = DataSection(train=str(manifest), workers=0)
 
     def step(**train: object) -> list[Batch]:
         section = TrainSection(max_steps=1, micro_batch_size=2, gradient_accumulation_steps=4, **train)
         check_manifests(data, section)
-        return list(itertools.islice(open_streams(data, section, media, settings, Alone()).train, 4))
+        return list(itertools.islice(open_streams(data, section, media, compressor, Alone()).train, 4))
 
     plain = step()
     write_sizes(sizes, manifest, media.preprocessing(""), [[20 + 5 * index, 0, 0] for index in range(12)])
@@ -90,3 +93,44 @@ def test_the_batches_of_a_step_are_grouped_by_length(tmp_path: Path):
     manifest.write_text("".join(map(line, range(13))))
     with pytest.raises(DataError, match="another manifest"):
         step(group_by_length=str(sizes))
+
+
+def clip_line(id: str, name: str) -> str:
+    messages = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "A clip."}]
+    return json.dumps({"id": id, "messages": messages, "videos": [name]}) + "\n"
+
+
+@pytest.mark.parametrize("ratio", [RatioSection(), RatioSection(0.3, 0.45)])
+def test_a_sample_that_cannot_have_its_ratio_is_replaced(tmp_path: Path, ratio: RatioSection):
+    """Long sound beside a single frame, where half of the sound is to stay and less than half of everything."""
+    write_media(tmp_path / "long.mp4", MediaSpec(seconds=0.3, audio_seconds=20))
+    write_media(tmp_path / "short.mp4", MediaSpec(seconds=5.0, audio_seconds=0.3))
+    names = ["short", "long", "short", "short", "long"]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(clip_line(str(i), f"{name}.mp4") for i, name in enumerate(names)))
+    media = MediaLoader(Preprocessor(stock_processor(), rules(), min_pixels=56 * 56, max_pixels=56 * 56))
+    fixed = {} if ratio.min else {"audio_ratio": 0.5}
+    compressor = build_compressor("omnisift", hidden_size=16, width=16, heads=2, retained_ratio=0.4, **fixed)
+    data = DataSection(train=str(manifest), val=str(manifest), workers=0)
+    section = TrainSection(max_steps=1, micro_batch_size=5, ratio=ratio)
+    streams = open_streams(data, section, media, compressor, Alone())
+    assert streams.val is not None
+    for batch in (next(iter(streams.train)), next(iter(streams.val))[0]):
+        assert len(batch.ids) == 5
+        compressor.budget(batch.layout)
+        # A drawn ratio holds for both modalities, so there is nothing that it cannot have.
+        bad = {failure.id: failure for failure in batch.failures}
+        assert set(bad) == (set() if ratio.min else {"1", "4"})
+        assert all("sample" in failure.reason and "reachable are" in failure.reason for failure in bad.values())
+        assert {failure.kind for failure in bad.values()} <= {"unreachable"}
+    media.reader.close()
+
+
+def test_both_ends_of_a_drawn_ratio_are_asked():
+    compressor = build_compressor("omnisift", hidden_size=16, width=16, heads=2, retained_ratio=0.4)
+    assert drawn(compressor, RatioSection()) == (compressor,)
+    assert [c.settings.retained_ratio for c in drawn(compressor, RatioSection(0.2, 0.6))] == [0.2, 0.6]
+    reach = Reach(drawn(compressor, RatioSection(0.2, 0.6)), ids_per_window=50)
+    assert all(p.device.type == "meta" for asked in reach._compressors for p in asked.parameters())
+    assert all(p.device.type == "cpu" for p in compressor.parameters())
+    pickle.dumps(reach)

@@ -13,8 +13,9 @@ from omnisieve.backbones.adapter import adapter_for
 from omnisieve.backbones.media import reader
 from omnisieve.config import MediaSection
 from omnisieve.data.collate import collate
-from omnisieve.data.manifest import Conversation, MediaPart
-from omnisieve.data.sources import kind_of
+from omnisieve.data.errors import DataError
+from omnisieve.data.kinds import kind_of
+from omnisieve.data.manifest import Conversation, MediaPart, no_path
 
 Media = str | Path | Sequence[str | Path]
 
@@ -33,7 +34,7 @@ def prepare(
     Args:
         model: see `adapter_for`.
         processor: of the model, see `load_processor`.
-        media: a video (its own sound comes with it), a sound or an image, by suffix; or several, in order.
+        media: a video (its own sound comes with it), a sound or an image, by its content; or several, in order.
         question: about them.
         system: system message placed before the question. None sends none, and the chat template may then put in a
             sentence of its own. Published examples of Qwen2.5-Omni send "You are Qwen, a virtual human ..." themselves:
@@ -48,12 +49,13 @@ def prepare(
     Raises:
         BackboneError: a model that is not supported.
         ConfigError: settings that contradict each other.
-        MediaError: a file cannot be read; the message names the cure.
+        DataError: a file cannot be read, what is given is no path, or the question holds a mark of a chat template; the
+            message names the cure.
     """
     adapter = adapter_for(model)
     loader = reader(processor, adapter, settings or MediaSection())
     files = [media] if isinstance(media, str | Path) else media
-    parts = tuple(MediaPart(kind_of(file), Path(file)) for file in files)
+    parts = tuple(map(_part, files))
     content = [*({"type": part.kind} for part in parts), {"type": "text", "text": question}]
     before = () if system is None else ({"role": "system", "content": system},)
     asked = Conversation("question", (*before, {"role": "user", "content": content}), parts)
@@ -62,3 +64,10 @@ def prepare(
     # `generate` carries the sequence's own ids before the three rope rows.
     sequence = torch.arange(batch.layout.length, device=batch.input_ids.device).expand(1, 1, -1)
     return batch.model_inputs() | {"position_ids": torch.cat([sequence, batch.position_ids])}
+
+
+def _part(file: str | Path) -> MediaPart:
+    if isinstance(file, str) and (problem := no_path(file)) is not None:
+        raise DataError(f"media: {problem}")
+    # What is no medium is told by whoever decodes it.
+    return MediaPart(kind_of(file) or "video", Path(file))

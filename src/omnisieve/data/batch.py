@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnisieve.data.errors import OF_THE_SAMPLE, SampleError
 from omnisieve.layout import Modality, TokenLayout, TokenMap
 
 
@@ -70,12 +71,11 @@ class Features:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read, or is too long.
+    """A sample that could not be used.
 
     Attributes:
         id: of its conversation.
-        path: of the file at fault; of the first file of a sample that is too long, empty if it has none.
-        kind: of the fault, see `media`, or "too_long". reason: what is wrong. cure: what to do about it.
+        path, kind, reason, cure: see `errors.SampleError`.
         replacement: id of the sample that stands in its place.
     """
 
@@ -89,12 +89,12 @@ class BadSample:
     @property
     def key(self) -> tuple[str, ...]:
         """The same for the same fault: of a file, or of a sample."""
-        return (self.path, self.id) if self.kind == "too_long" else (self.path,)
+        return (self.path, self.id) if self.kind in OF_THE_SAMPLE else (self.path,)
 
     def __str__(self) -> str:
         return (
-            f"replaced sample {self.id} by {self.replacement}: {self.path}: {self.reason} ({self.kind}). "
-            f"Cure: {self.cure}."
+            f"replaced sample {self.id} by {self.replacement}: "
+            f"{SampleError(self.path, self.kind, self.reason, self.cure)}"
         )
 
 

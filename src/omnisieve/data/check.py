@@ -7,21 +7,28 @@ content as `media.MediaInfo` has it, `run`, its size in tokens, `notes`, and `pr
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from omnisieve.data.dataset import MediaLoader, sampling_of
+from omnisieve.data.dataset import MediaLoader, foreign_media_errors, sampling_of
+from omnisieve.data.images import read_image
 from omnisieve.data.manifest import MediaPart
-from omnisieve.data.media import MediaError, MediaInfo, MediaReader, read_image
+from omnisieve.data.media import MediaError, MediaInfo, MediaReader
 from omnisieve.data.protocol import Protocol
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun
 
 Row = dict[str, Any]
 _RUNS: dict[str, type] = {"video": VideoRun, "audio": AudioRun, "image": ImageRun}
 _LATE_SECONDS = 0.05
+_LOOK = 2
+"""Changes when a look finds what it did not find before: rows of earlier reports then no longer hold."""
+_WIDEST = 200
+"""Longer side over shorter side that the stock processors take."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class Files(Dataset[Row]):
         part = self.parts[index]
         row = {**self.identity(index), "problem": None, "notes": []}
         try:
-            return row | self.look(part)
+            with foreign_media_errors(part):
+                return row | self.look(part)
         except MediaError as error:
             problem = {"kind": error.kind, "stream": error.stream, "reason": error.reason, "action": error.cure}
             return row | {"problem": problem}
@@ -68,7 +76,7 @@ class Files(Dataset[Row]):
     def identity(self, index: int) -> Row:
         """What a row is about; a row of an earlier run with the same is as good as a new one."""
         part = self.parts[index]
-        stat = part.path.stat() if part.path.is_file() else None
+        found = _status(part)
         tokens = None
         if self.loader is not None:
             processing = self.loader.preprocessor
@@ -78,9 +86,9 @@ class Files(Dataset[Row]):
         return {
             "path": str(part.path),
             "kind": part.kind,
-            "bytes": stat.st_size if stat else None,
-            "changed": stat.st_mtime_ns if stat else None,
-            "asked": [*asked, self.decode, tokens],
+            "bytes": found.st_size if found else None,
+            "changed": found.st_mtime_ns if found else None,
+            "asked": [*asked, self.decode, tokens, _LOOK],
         }
 
     def look(self, part: MediaPart) -> Row:
@@ -91,12 +99,15 @@ class Files(Dataset[Row]):
         """
         if part.kind == "image":
             height, width = read_image(part.path).shape[:2]
+            _check_shape(part, height, width)
             run = None if self.loader is None else self.loader.load_part(part).run
             return {"width": width, "height": height, "run": None if run is None else asdict(run)}
         sampling, video = sampling_of(part, self.sampling.frames), part.kind == "video"
         info = self.reader.probe(part.path, video=video, **sampling)
         if not video and info.audio is None:
             raise MediaError(str(part.path), "audio", "no_stream", "there is no sound")
+        if info.video is not None:
+            _check_shape(part, info.video.height, info.video.width)
         run = None if self.loader is None else self.loader.size(info)
         if self.decode and self.loader is not None:
             run = self.loader.load_part(part).run
@@ -129,6 +140,21 @@ class Files(Dataset[Row]):
                 text = f"the sound starts at {info.audio.start:.2f} s"
                 found.append(note("late_sound", text, "none, silence is put before it"))
         return found
+
+
+def _status(part: MediaPart) -> os.stat_result | None:
+    """Of a file; None if there is none, or a path that the system refuses."""
+    try:
+        found = os.stat(part.path)
+    except (OSError, ValueError):
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _check_shape(part: MediaPart, height: int, width: int) -> None:
+    if max(height, width) > _WIDEST * min(height, width):
+        reason = f"{width} x {height} pixels: one side is more than {_WIDEST} times the other"
+        raise MediaError(str(part.path), part.kind, "unusable", reason)
 
 
 def note(kind: str, text: str, action: str) -> Row:

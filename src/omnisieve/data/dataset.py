@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from omnisieve.data.batch import BadSample, Features, Patches, Sample
-from omnisieve.data.errors import DataError
+from omnisieve.data.errors import DataError, SampleError, foreign_errors
 from omnisieve.data.feature_cache import FeatureCache
-from omnisieve.data.length_limit import LengthLimit, TooLongError
-from omnisieve.data.manifest import Conversation, MediaPart
-from omnisieve.data.media import MediaError, MediaInfo, MediaReader, read_image
+from omnisieve.data.images import read_image
+from omnisieve.data.length_limit import LengthLimit
+from omnisieve.data.manifest import Conversation, MediaPart, holds
+from omnisieve.data.media import MediaError, MediaInfo, MediaReader
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.protocol import Placement, Protocol
 from omnisieve.data.tokens import AudioRun, ImageRun, Run, VideoRun, expand
@@ -38,7 +41,8 @@ class LoadedMedium:
 class MediaLoader:
     """Reads the media of conversations and builds samples of them.
 
-    The two steps are apart so that the questions of one clip share one decoding.
+    The two steps are apart so that the questions of one clip share one decoding. Whatever decoders, stock processors
+    and the tokenizer raise in them is a `SampleError`.
     """
 
     def __init__(
@@ -91,9 +95,13 @@ class MediaLoader:
 
     def load_part(self, part: MediaPart) -> LoadedMedium:
         """One medium; see `load`. Whether a video has sound is read from the file."""
-        if self.cache is not None:
+        with foreign_media_errors(part):
+            if self.cache is None:
+                return self._decode(part)
             cached = self.cache.read(part)
             return LoadedMedium(cached.run, features=cached.features)
+
+    def _decode(self, part: MediaPart) -> LoadedMedium:
         if part.kind == "image":
             patches = self.preprocessor.image(read_image(part.path))
             return LoadedMedium(ImageRun(patches.grid), patches)
@@ -133,7 +141,10 @@ class MediaLoader:
         Raises:
             MediaError: the file cannot be used.
         """
-        return self.load_part(part) if part.kind == "image" else LoadedMedium(self.size(self.probe(part)))
+        if part.kind == "image":
+            return self.load_part(part)
+        with foreign_media_errors(part):
+            return LoadedMedium(self.size(self.probe(part)))
 
     def sample(
         self, conversation: Conversation, media: Sequence[LoadedMedium], *, generation_prompt: bool = False
@@ -146,14 +157,14 @@ class MediaLoader:
             generation_prompt: end with the header of the answer to come.
 
         Raises:
-            DataError: the text or the chat template does not go with the media.
+            SampleError: the text or the chat template does not go with the media.
         """
         runs = [medium.run for medium in media]
-        try:
+        with foreign_errors(conversation.text_error, passing=SampleError):
+            if (mark := conversation.mark()) is not None:
+                raise conversation.text_error(holds(mark))
             ids, labels = self.preprocessor.chat.encode(conversation.messages, generation_prompt=generation_prompt)
             sequence = expand(ids, runs, self.preprocessor.rules, labels)
-        except DataError as error:
-            raise DataError(f"conversation {conversation.id}: {error}") from error
         videos = [medium.patches for medium in media if isinstance(medium.run, VideoRun)]
         images = [medium.patches for medium in media if isinstance(medium.run, ImageRun)]
         return Sample(
@@ -176,8 +187,8 @@ class MediaLoader:
 class OmniDataset(Dataset[Sample]):
     """Map-style dataset of whole conversations, every answer supervised.
 
-    With `on_error="replace"` a sample whose media cannot be read, or that is too long, is replaced by another one that
-    is a pure function of its index, and says so in `Sample.failures`; batches never shrink.
+    With `on_error="replace"` a sample that cannot be used is replaced by another one that is a pure function of its
+    index, and says so in `Sample.failures`; batches never shrink.
     """
 
     def __init__(
@@ -187,6 +198,7 @@ class OmniDataset(Dataset[Sample]):
         *,
         on_error: Literal["raise", "replace"] = "raise",
         limit: LengthLimit | None = None,
+        check: Callable[[Conversation, Sample], None] | None = None,
     ) -> None:
         """
         Args:
@@ -194,8 +206,10 @@ class OmniDataset(Dataset[Sample]):
             loader: reads media and builds samples.
             on_error: "raise" or "replace".
             limit: on the tokens of a sample.
+            check: raises `SampleError` for a sample that cannot be used although it was read.
         """
         self.loader = loader
+        self.check = check
         self.on_error = on_error
         self.limit = limit
         self.conversations = conversations
@@ -204,12 +218,12 @@ class OmniDataset(Dataset[Sample]):
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> Sample:
-        failed: list[tuple[str, MediaError | TooLongError]] = []
+        failed: list[tuple[str, SampleError]] = []
         for attempt in range(ATTEMPTS):
             conversation = self.conversations[substitute(index, attempt, len(self))]
             try:
                 sample = self._read(conversation)
-            except (MediaError, TooLongError) as error:
+            except SampleError as error:
                 if self.on_error == "raise":
                     raise
                 failed.append((conversation.id, error))
@@ -222,8 +236,17 @@ class OmniDataset(Dataset[Sample]):
 
     def _read(self, conversation: Conversation) -> Sample:
         if self.limit is not None:
-            return self.limit.read(conversation, self.loader)
-        return self.loader.sample(conversation, self.loader.load(conversation))
+            sample = self.limit.read(conversation, self.loader)
+        else:
+            sample = self.loader.sample(conversation, self.loader.load(conversation))
+        if self.check is not None:
+            self.check(conversation, sample)
+        return sample
+
+
+def foreign_media_errors(part: MediaPart) -> AbstractContextManager[None]:
+    """Whatever is raised inside by code that is not ours is the error of this file."""
+    return foreign_errors(partial(MediaError, str(part.path), part.kind, "unusable"))
 
 
 def sampling_of(part: MediaPart, default: Protocol | MediaLoader) -> dict[str, Any]:

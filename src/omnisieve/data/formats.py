@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnisieve.data.manifest import KINDS, ManifestError, parse_line
-from omnisieve.data.sources import Entry, FormatError, kind_of
+from omnisieve.data.manifest import KINDS, ManifestError, no_path, parse_line
+from omnisieve.data.sources import Entry, FormatError, kind_of_entry
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -89,7 +89,7 @@ class Converter:
         try:
             if entry.error is not None:
                 raise FormatError(entry.error)
-            row = self._with_places(to_messages(entry.row, self._columns, self._question))
+            row = self._with_places(to_messages(entry.row, self._columns, self._question, self._root))
             if identity is None:
                 row = {"id": entry.where.removeprefix("file "), **row}
             text = json.dumps(row, ensure_ascii=False)
@@ -99,7 +99,8 @@ class Converter:
             return Skipped(entry.where, identity, str(error).removeprefix(f"{self._out}, line 0, "))
         except (FormatError, TypeError) as error:
             return Skipped(entry.where, identity, str(error))
-        missing = [] if self._allow_missing else [part.path for part in conversation.media if not part.path.is_file()]
+        paths = [] if self._allow_missing else [part.path for part in conversation.media]
+        missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             return Skipped(entry.where, identity, f"{os.path.normpath(missing[0])}: there is no such file")
         return text
@@ -135,8 +136,8 @@ class Converter:
             file = file.get("path")
         if not isinstance(file, str) or not file:
             raise FormatError(f"a media file is {file!r}; the path of a file is needed")
-        if "://" in file:
-            raise FormatError(f"{file} is an address; download the file and give its path")
+        if (problem := no_path(file)) is not None:
+            raise FormatError(f"a media file: {problem}")
         # Real folders, because `..` behind a symbolic link leads elsewhere; the file itself may be a link.
         path = self._root / file
         return os.path.relpath(path.parent.resolve() / path.name, self._folder)
@@ -151,8 +152,10 @@ class Converter:
         return f"{folder}/{path.name}"
 
 
-def to_messages(row: Mapping[str, Any], columns: Columns, question: str | None = None) -> dict[str, Any]:
-    """A row of any form in messages form; see the module's table.
+def to_messages(
+    row: Mapping[str, Any], columns: Columns, question: str | None = None, root: Path = Path()
+) -> dict[str, Any]:
+    """A row of any form in messages form; see the module's table. Paths in it are relative to `root`.
 
     Raises:
         FormatError: it has none of the forms.
@@ -161,7 +164,7 @@ def to_messages(row: Mapping[str, Any], columns: Columns, question: str | None =
         return dict(row)
     if row.get("conversations") is not None:
         return _from_sharegpt(row)
-    return _from_table(row, columns, question)
+    return _from_table(row, columns, question, root)
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _files(row: Mapping[str, Any], kind: str) -> list[Any]:
     return [] if value is None or value == "" else list(value) if isinstance(value, list) else [value]
 
 
-def _from_table(row: Mapping[str, Any], columns: Columns, question: str | None) -> dict[str, Any]:
+def _from_table(row: Mapping[str, Any], columns: Columns, question: str | None, root: Path) -> dict[str, Any]:
     name = columns.path or next((name for name in _PATH_COLUMNS if row.get(name)), "path")
     if not row.get(name):
         raise FormatError(f"no path: the columns are {', '.join(map(repr, row))}; name one with --columns path=NAME")
@@ -219,7 +222,9 @@ def _from_table(row: Mapping[str, Any], columns: Columns, question: str | None) 
             f"no question in column {columns.question!r}; name another with --columns question=NAME, or add --question"
         )
     file = row[name]
-    kind = next((kind for kind in KINDS if name.startswith(kind)), None) or kind_of(file)
+    kind = next((kind for kind in KINDS if name.startswith(kind)), "video")
+    if kind == "video":  # as such columns are named whatever is in them
+        kind = kind_of_entry(file, root)
     messages = [{"role": "user", "content": [{"type": kind, kind: file}, {"type": "text", "text": asked}]}]
     if columns.answer in row:
         answer = row[columns.answer]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omnisieve.data.batch import LoweredFps, Sample
-from omnisieve.data.errors import DataError
+from omnisieve.data.errors import SampleError
 from omnisieve.data.manifest import Conversation
 from omnisieve.data.tokens import ImageRun, Run, TokenRules, VideoRun
 
@@ -31,22 +31,12 @@ _SOUND_SLACK = 2
 _ROUNDING = 1e-9
 
 
-class TooLongError(DataError):
-    """A sample above the limit.
-
-    Attributes:
-        file: its first medium; empty without media.
-        kind: "too_long". reason: by how much. cure: what to do about it.
-    """
-
-    kind = "too_long"
+class TooLongError(SampleError):
+    """A sample above the limit."""
 
     def __init__(self, file: str, reason: str, cure: str) -> None:
-        super().__init__(file, reason, cure)
-        self.file, self.reason, self.cure = file, reason, cure
-
-    def __str__(self) -> str:
-        return f"{self.file or 'a sample without media'}: {self.reason} ({self.kind}). Cure: {self.cure}."
+        super().__init__(file, "too_long", reason, cure)
+        self.args = file, reason, cure  # what a copy in another process is made from
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class LengthLimit:
         """A sample within the limit; `Sample.lowered` says if its videos were read more thinly for it.
 
         Raises:
-            TooLongError: it cannot be brought within the limit. MediaError: a file cannot be used.
+            TooLongError: it cannot be brought within the limit. SampleError: it cannot be used at all.
         """
         if loader.cache is not None:  # nothing is decoded, so nothing is to be saved by looking first
             sample = _load(conversation, loader)
@@ -90,9 +80,10 @@ class LengthLimit:
 
     def _check(self, conversation: Conversation, tokens: int) -> None:
         if tokens > self.max_tokens:
-            file = str(conversation.media[0].path) if conversation.media else ""
             fewest, cure = (" with the fewest frames", _CURE) if self.lower_fps else ("", f"{_THINNER}, {_CURE}")
-            raise TooLongError(file, f"{tokens} tokens{fewest}, above data.max_tokens {self.max_tokens}", cure)
+            raise TooLongError(
+                conversation.file, f"{tokens} tokens{fewest}, above data.max_tokens {self.max_tokens}", cure
+            )
 
 
 class _Videos:

@@ -12,28 +12,43 @@ or with tags in a string: `"content": "<video>What is said?"` beside `"videos": 
 with `images` and `<audio>` with `audios`; a tag takes the next file of its list. Paths are relative to the
 manifest's folder. Every other key, of the line or of a message, is kept. `id` defaults to the line's number. Whether a
 video has sound is read from the file, never from the manifest. Other layouts are converted, see `formats`.
+
+A line that breaks these rules is an error of the manifest. A line whose text holds a mark that the models' templates
+write (`<|VIDEO|>`, `<|im_end|>`) is read, but is no sample that can be used: see `Conversation.mark`.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import datasets
 
-from omnisieve.data.errors import DataError
+from omnisieve.data.errors import DataError, SampleError, described, shortened
 
 KINDS = ("video", "audio", "image")
 ROLES = ("system", "user", "assistant")
 # Missing files that a message names.
 _NAMED = 3
 _TAG = re.compile(r"<(video|audio|image)>")
+# What stands for media and turns in the templates of Qwen2.5-Omni and of Qwen3-Omni.
+_MARK = re.compile(
+    r"<\|(?:VIDEO|AUDIO|IMAGE|(?:video|audio|image|vision)_(?:pad|bos|eos|start|end)|im_(?:start|end))\|>"
+)
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{256,}={0,2}\s*")
+_FEW_CHARACTERS = 20  # more than that are in the base64 of any file, and in few names
+_SHOWN = 60
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SAMPLING: dict[str, Any] = {"fps": (int, float), "max_frames": (int,)}
 
 
@@ -71,6 +86,21 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...]
     media: tuple[MediaPart, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        """Path of its first medium; empty without media."""
+        return str(self.media[0].path) if self.media else ""
+
+    def mark(self) -> str | None:
+        """The first mark of a template in its texts, such as `<|VIDEO|>`: it would be taken for a medium or a turn."""
+        found = (_MARK.search(_text(message["content"])) for message in self.messages)
+        return next((match.group() for match in found if match), None)
+
+    def text_error(self, reason: str) -> SampleError:
+        """It cannot be used for a reason that lies in its text."""
+        cure = "correct the text, or take the line out of the manifest"
+        return SampleError(self.file, "text", f"conversation {self.id}: {reason}", cure)
 
     @staticmethod
     def alone(part: MediaPart) -> Conversation:
@@ -119,13 +149,15 @@ class Manifest(Sequence[Conversation]):
                 read, or by `check`, which also looks for the media files.
         """
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise ManifestError(f"{path}: there is no such manifest; give the path of a JSONL file")
         try:
             with self.path.open(encoding="utf-8") as file:
                 lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
         except UnicodeDecodeError as error:
             raise ManifestError(f"{path}: the manifest is not UTF-8 ({error}); save it as such") from error
+        except OSError as error:
+            raise ManifestError(f"{path}: the manifest cannot be read: {described(error)}") from error
         if not lines:
             raise ManifestError(f"{path}: the manifest has no lines")
         # As text: typed columns would force one schema on contents that are strings here and lists there. From
@@ -143,24 +175,72 @@ class Manifest(Sequence[Conversation]):
         row = self._table[int(index)]
         return parse_line(row["text"], self.path, row["line"])
 
-    def check(self, limit: int | None = None) -> None:
-        """Read the first `limit` lines, or all, and look for their media files.
+    def check(self, limit: int | None = None, *, files: bool = True) -> list[str]:
+        """Read the first `limit` lines, or all, and with `files` look for their media files.
+
+        Returns:
+            what a run should say before it starts: samples that cannot be used, and will be replaced or left out.
 
         Raises:
-            ManifestError: at the first wrong line; or, naming some of them, because files are missing.
+            ManifestError: at the first wrong line; or, naming some of them, because files are missing, or because no
+                sample can be used.
         """
         first_lines: dict[Path, int] = {}
+        marked: list[str] = []
+        lines = 0
         for row in islice(self._table, limit):
-            for part in parse_line(row["text"], self.path, row["line"]).media:
+            conversation = parse_line(row["text"], self.path, row["line"])
+            lines += 1
+            for part in conversation.media:
                 first_lines.setdefault(part.path, row["line"])
-        missing = [f"line {line}: {path}" for path, line in first_lines.items() if not path.is_file()]
+            if (mark := conversation.mark()) is not None:
+                marked.append(f"line {row['line']}: {holds(mark)}")
+        missing = [f"line {line}: {path}" for path, line in first_lines.items() if files and _is_missing(path)]
         if missing:
-            more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise ManifestError(
-                f"{self.path}: {len(missing)} of {len(first_lines)} media files are missing: "
-                f"{'; '.join(missing[:_NAMED])}{more}. Correct the paths (they are relative to {self.path.parent}), "
-                "copy the files there, or take the lines out"
+                f"{self.path}: {len(missing)} of {len(first_lines)} media files are missing: {_some(missing)}. Correct "
+                f"the paths (they are relative to {self.path.parent}), copy the files there, or take the lines out"
             )
+        if not marked:
+            return []
+        found = f"{self.path}: {len(marked)} of {lines} samples cannot be used: {_some(marked)}. Correct the texts"
+        if len(marked) == lines:
+            raise ManifestError(found)
+        return [found]
+
+
+def holds(mark: str) -> str:
+    """What is wrong with a text that holds a mark of a template."""
+    return f"the text holds {mark}, which the model would take for a medium or a turn of its own"
+
+
+def _some(found: Sequence[str]) -> str:
+    more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return "; ".join(found[:_NAMED]) + more
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether there is no file. A path that the system refuses, as too long, is its sample's error."""
+    try:
+        return not path.is_file() and "\0" not in str(path)
+    except OSError:
+        return False
+
+
+def no_path(text: str) -> str | None:
+    """Why a text is no path of a file, with the cure; None if it may be one."""
+    if not text:
+        return "it is empty; give the path of the file"
+    shown = shortened(text, _SHOWN)
+    if text.startswith("data:"):
+        return f"{shown} is a data URL, the content itself; write it to a file and give the file's path"
+    if text.startswith("file:/"):
+        return f"{shown} is a file URL; give the path alone, {unquote(urlsplit(text).path)}"
+    if _ADDRESS.match(text):
+        return f"{shown} is an address; download the file and give its path"
+    if _BASE64.fullmatch(text) and len(set(text)) > _FEW_CHARACTERS:
+        return f"{shown} looks like base64, the content itself; write it to a file and give the file's path"
+    return None
 
 
 def parse_line(text: str, path: Path, line: int) -> Conversation:
@@ -175,9 +255,11 @@ def parse_line(text: str, path: Path, line: int) -> Conversation:
 
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         hint = "; one JSON list is converted by tools/convert_data.py" if text.lstrip()[:1] == "[" else ""
         raise ManifestError(f"{path}, line {line}: no valid JSON ({error}){hint}") from error
+    if _SURROGATE.search(text) and not _is_unicode(row):
+        raise ManifestError(f"{path}, line {line}: half a character (a lone surrogate such as \\ud83d); write it whole")
     if not isinstance(row, dict):
         raise ManifestError(f"{path}, line {line}: a JSON object is needed, this is a {type(row).__name__}")
     messages = row.get("messages")
@@ -204,7 +286,18 @@ def _files(row: Mapping[str, Any], kind: str, wrong: Any) -> list[str]:
     value = row.get(f"{kind}s", [])
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise wrong(f"{kind}s", "a list of paths is needed")
+    for index, item in enumerate(value):
+        if (problem := no_path(item)) is not None:
+            raise wrong(f"{kind}s[{index}]", problem)
     return list(value)
+
+
+def _is_unicode(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _message(
@@ -250,9 +343,11 @@ def _part(part: Any, key: str, media: list[MediaPart], folder: Path, wrong: Any)
         )
     if not isinstance(part.get(kind), str):
         raise wrong(f"{key}.{kind}", "the path of the file is needed")
+    if (problem := no_path(part[kind])) is not None:
+        raise wrong(f"{key}.{kind}", problem)
     for name, types in _SAMPLING.items():
         value = part.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, types) or value <= 0):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf):
             raise wrong(f"{key}.{name}", f"a positive {'number' if float in types else 'integer'} is needed")
     media.append(MediaPart(kind, folder / part[kind], part.get("fps"), part.get("max_frames")))
     return {"type": kind}

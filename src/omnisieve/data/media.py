@@ -20,7 +20,7 @@ channels, resampled. The clip's clock starts where its first stream starts. What
 | 0.3 s | at least one frame (a temporal patch is filled by repeating the last frame, see `preprocess`) |
 | more frames than `max_frames` | spread evenly; `seconds_per_frame` is the real one |
 | frame rate that changes | "steps" go by time; "even" by index, at the average rate |
-| file that is not there, a folder | `MediaError`, kind "missing" |
+| file that is not there, a folder, a path that the system refuses | `MediaError`, kind "missing" |
 | 0 bytes | "empty" |
 | text or something else under a media suffix | "not_media" |
 | mp4 whose index is cut off, or less than 90 % of the declared duration present | "truncated" |
@@ -30,6 +30,7 @@ channels, resampled. The clip's clock starts where its first stream starts. What
 | no stream of the wanted sort | "no_stream" (sound of a silent video is None instead) |
 | decoding takes longer than the limit | "timeout"; the child is killed and replaced |
 | the decoder dies | "crashed"; the child is replaced |
+| what the model's processor refuses, as an aspect ratio above 200 | "unusable", with what it said |
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import logging
 import os
 import pickle
 import select
+import stat
 import struct
 import subprocess
 import sys
@@ -50,9 +52,8 @@ from typing import Any
 import numpy as np
 import torch
 import torchaudio
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from omnisieve.data.errors import DataError
+from omnisieve.data.errors import DataError, SampleError, described, shortened
 from omnisieve.data.protocol import Placement
 
 logger = logging.getLogger(__name__)
@@ -81,24 +82,26 @@ _CURES = {
     "timeout": "raise decode_seconds, lower fps or max_frames, or re-encode the file",
     "crashed": "re-encode it (ffmpeg -i IN OUT.mp4) or take it out of the manifest",
     "memory": "lower fps or max_frames, or scale the video down",
+    "animated": "make a video of it (ffmpeg -i IN OUT.mp4) and give that as a video, or save the picture that is meant",
+    "unusable": "scale, crop or convert it to what the model's processor takes, or take it out of the manifest",
 }
 
 
-class MediaError(DataError):
+class MediaError(SampleError):
     """A media file that cannot be used.
 
     Attributes:
         file: its path. stream: "video", "audio", "image" or "container".
-        kind: a row of the module's table. reason: what is wrong. cure: what to do about it.
+        kind: a row of the module's table or of that of `images`. reason: what is wrong. cure: what to do about it.
     """
 
     def __init__(self, file: str, stream: str, kind: str, reason: str) -> None:
-        super().__init__(file, stream, kind, reason)
-        self.file, self.stream, self.kind, self.reason = file, stream, kind, reason
-        self.cure = _CURES[kind]
+        super().__init__(file, kind, reason, _CURES[kind])
+        self.stream = stream
+        self.args = file, stream, kind, reason  # what a copy in another process is made from
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.stream}: {self.reason} ({self.kind}). Cure: {self.cure}."
+        return f"{shortened(self.file)}: {self.stream}: {self.reason} ({self.kind}). Cure: {self.cure}."
 
 
 @dataclass(frozen=True)
@@ -357,23 +360,6 @@ class MediaReader:
             )  # fmt: skip
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """An image as uint8 [H, W, 3], upright RGB.
-
-    Raises:
-        MediaError: the file is missing, empty, truncated or no image.
-    """
-    check_file(path)
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise MediaError(str(path), "image", "not_media", "the content is no image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        kind = "truncated" if "truncated" in str(error) else "corrupt"
-        raise MediaError(str(path), "image", kind, str(error)) from error
-
-
 def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
     """At 16 kHz, by a filter that was fitted to the soxr HQ of `librosa.load`, with which models were trained.
 
@@ -389,13 +375,18 @@ def check_file(path: str | Path) -> None:
     """Refuse what needs no decoding to be refused.
 
     Raises:
-        MediaError: there is no such file, it is a folder, or it is empty.
+        MediaError: there is no such file, the system refuses its path, it is a folder, or it is empty.
     """
-    path = Path(path)
-    if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "there is no such file"
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MediaError(str(path), "container", "missing", "there is no such file") from error
+    except (OSError, ValueError) as error:  # too long, unreadable, or with a character that no path has
+        raise MediaError(str(path), "container", "missing", f"the system says {described(error)}") from error
+    if not stat.S_ISREG(found.st_mode):
+        reason = "is a folder" if stat.S_ISDIR(found.st_mode) else "is no ordinary file"
         raise MediaError(str(path), "container", "missing", reason)
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise MediaError(str(path), "container", "empty", "the file has 0 bytes")
 
 

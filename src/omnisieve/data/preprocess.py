@@ -21,6 +21,8 @@ from omnisieve.data.tokens import TokenRules
 
 _SOUND = "mean of channels, resampled as soxr HQ"
 """How a waveform is made of a file (`media.MediaReader`); changes when that does, because caches depend on it."""
+_PICTURES = "on white, deep ones scaled"
+"""Likewise of a picture (`images.read_image`)."""
 _STFT_MARGIN = 320
 """Samples of silence behind a sound that keep the last frames of its spectrogram what long padding makes them."""
 
@@ -158,6 +160,7 @@ class Preprocessor:
         total = {} if self.total_pixels is None else {"total_pixels": self.total_pixels}
         return total | {
             "sound": _SOUND,
+            "pictures": _PICTURES,
             "processors": hashlib.sha256(text.encode()).hexdigest()[:16],
             "video_size": dict(self.video_size),
             "image_size": dict(self.image_size),

@@ -20,13 +20,14 @@ from typing import Any
 import datasets
 
 from omnisieve.data.errors import DataError
+from omnisieve.data.kinds import kind_of
 
 SOURCES = ("json", "csv", "folder", "hf")
 _SAVED = ("state.json", "dataset_dict.json")
 _SUFFIXES = {
-    "video": "mp4 m4v mkv webm mov avi flv wmv mpg mpeg ts 3gp",
-    "audio": "wav mp3 flac m4a aac ogg opus",
-    "image": "png jpg jpeg webp bmp",
+    "video": "mp4 m4v mkv webm mov avi flv wmv mpg mpeg ts mts m2ts vob ogv 3gp",
+    "audio": "wav mp3 flac m4a m4b aac ogg oga opus wma aiff aif aifc mka amr ac3 au caf",
+    "image": "png jpg jpeg jpe jfif webp bmp gif apng tif tiff avif jp2 pgm ppm",
 }
 _KIND_OF = {f".{suffix}": kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
@@ -84,10 +85,14 @@ def read_entries(path: str, source: str, *, split: str | None = None, subset: st
         raise FormatError(f"{path}: cannot be read: {error}") from error
 
 
-def kind_of(file: Any) -> str:
-    """ "video", "audio" or "image", by the suffix; what is unknown counts as video, for decoding tells."""
-    path = file.get("path") if isinstance(file, Mapping) else file
-    return _KIND_OF.get(Path(str(path)).suffix.lower(), "video")
+def kind_of_entry(file: Any, root: Path) -> str:
+    """ "video", "audio" or "image", by the content of a file, or of what a data set holds of it.
+
+    Where that says nothing, by the suffix, and what is unknown counts as video: whoever decodes it says what is wrong.
+    """
+    content, path = (file.get("bytes"), file.get("path")) if isinstance(file, Mapping) else (None, file)
+    kind = kind_of(content if isinstance(content, bytes) else root / str(path))
+    return kind or _KIND_OF.get(Path(str(path)).suffix.lower(), "video")
 
 
 def _read_json(path: Path) -> Iterator[Entry]:
@@ -137,12 +142,17 @@ def _read_csv(path: Path) -> Iterator[Entry]:
 
 
 def _read_folder(folder: Path) -> Iterator[Entry]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in _KIND_OF)
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and _is_medium(file))
     if not files:
-        raise FormatError(f"{folder}: there is no media file; known suffixes are {', '.join(_KIND_OF)}")
+        raise FormatError(f"{folder}: there is no media file, neither by its content nor by its suffix")
     for file in files:
         name = file.relative_to(folder).as_posix()
         yield Entry(f"file {name}", {"path": name})
+
+
+def _is_medium(file: Path) -> bool:
+    # A damaged one is known by its suffix.
+    return file.suffix.lower() in _KIND_OF or kind_of(file) is not None
 
 
 def _read_hf(path: str, split: str | None, subset: str | None) -> Iterator[Entry]:

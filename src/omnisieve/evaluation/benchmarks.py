@@ -18,9 +18,8 @@ from torch import Tensor
 
 from omnisieve.data.batch import Sample
 from omnisieve.data.dataset import MediaLoader
-from omnisieve.data.errors import DataError
+from omnisieve.data.errors import DataError, SampleError
 from omnisieve.data.manifest import Conversation, ManifestError
-from omnisieve.data.media import MediaError
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,16 @@ class Clip:
 
     Attributes:
         id: the same wherever the media are the same.
-        n_questions: how many there are, also when the clip cannot be read.
+        n_questions: how many there are, also those that cannot be asked.
         questions: prompts without answers; `id` and `meta["turn"]` identify one, `meta["answer"]` answers it,
             `meta["family"]` is its kind if there are kinds.
-        error: why there are no questions.
+        error: why none of them, or not all, can be asked.
     """
 
     id: str
     n_questions: int
     questions: tuple[Sample, ...] = ()
-    error: MediaError | None = None
+    error: SampleError | None = None
 
 
 class Benchmark(Protocol):
@@ -100,14 +99,18 @@ class ManifestBenchmark:
         clip = " ".join(str(part.path) for part in conversation.media) or conversation.id
         try:
             media = self._loader.load(questions[-1])
-        except MediaError as error:
+        except SampleError as error:
             return Clip(clip, len(questions), error=error)
-        # A question sees the media of its own turn and of those before it.
-        samples = [
-            self._loader.sample(question, media[: len(question.media)], generation_prompt=True)
-            for question in questions
-        ]
-        return Clip(clip, len(questions), tuple(samples))
+        samples: list[Sample] = []
+        failed: SampleError | None = None
+        for question in questions:
+            # A question sees the media of its own turn and of those before it.
+            seen = media[: len(question.media)]
+            try:
+                samples.append(self._loader.sample(question, seen, generation_prompt=True))
+            except SampleError as error:
+                failed = failed or error
+        return Clip(clip, len(questions), tuple(samples), failed)
 
     def decode(self, ids: Tensor) -> list[str]:
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -67,7 +67,8 @@ def open_benchmark(config: EvalConfig) -> tuple[Any, ManifestBenchmark]:
     tell(f"checking {config.model.path} and {config.manifest}")
     check_media(config.model.path, config.data)
     manifest = Manifest(config.manifest)
-    manifest.check(config.limit)
+    for remark in manifest.check(config.limit):
+        tell(remark)
     clips = with_questions(config.benchmark, manifest[: config.limit])
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     tell(f"loading {config.model.path} in {config.model.dtype}, for {len(clips)} clips")

@@ -45,7 +45,8 @@ class Results:
 
     Attributes:
         cells: one per method and ratio.
-        failures: `{"clip", "error"}` of every clip that could not be read; it is missing from all cells alike.
+        failures: `{"clip", "error"}` of every clip with questions that could not be asked; they are missing from all
+            cells alike.
         guards: what the hearing and the seeing test found, see `guards.MediaGuard`.
         seconds: wall clock of each cell ("random 0.25"), and of "media": decoding, encoders, guards.
         decoder: what the cost of a prompt depends on.
@@ -120,7 +121,7 @@ class Evaluation:
         self.results.guards = guard.found
         with self._tuned(), torch.inference_mode(), tqdm(total=len(self.benchmark), desc="clips", unit="clip") as bar:
             for clips in self._batches():
-                readable = [clip for clip in clips if clip.error is None]
+                readable = [clip for clip in clips if clip.questions]
                 self._note_failures([clip for clip in clips if clip.error is not None])
                 if readable:
                     with self._timed("media"):
@@ -187,7 +188,7 @@ class Evaluation:
         for clip in clips:
             self.results.failures.append({"clip": clip.id, "error": str(clip.error)})
             for cell in self.results.cells:
-                cell.failures += clip.n_questions
+                cell.failures += clip.n_questions - len(clip.questions)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

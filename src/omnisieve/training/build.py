@@ -73,7 +73,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         teacher=make_teacher(config),
     )
     ranks.tell(describe_model(module))
-    streams = open_streams(config.data, config.train, media, compressor.settings, ranks)
+    streams = open_streams(config.data, config.train, media, compressor, ranks)
     ranks.tell(
         f"starting DeepSpeed with ZeRO-{config.train.zero_stage} on {ranks.world_size} rank(s); a step is "
         f"{config.train.micro_batch_size * config.train.gradient_accumulation_steps * ranks.world_size} clips, the "

@@ -17,8 +17,11 @@ from omnisieve.training.streams import check_manifests
 from omnisieve.training.trainer import CONFIG_FILE
 
 
-def check_run(config: TrainConfig) -> None:
+def check_run(config: TrainConfig) -> list[str]:
     """Look at everything that needs neither the other processes nor the LLM, manifests last: they may be long.
+
+    Returns:
+        what the run should say before it starts: samples that will be replaced.
 
     Raises:
         ConfigError, BackboneError, CompressorError, DataError: what the configuration names is not there or does not
@@ -33,8 +36,9 @@ def check_run(config: TrainConfig) -> None:
     make_compressor(config, hidden_size_of(config.model.path))
     check_media(config.model.path, config.data)
     find_checkpoint(Path(config.output_dir), config.train.resume)
-    check_manifests(config.data, config.train)
+    found = check_manifests(config.data, config.train)
     check_writable(Path(config.output_dir))
+    return found
 
 
 def check_writable(directory: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from omnisieve.compressors import Compressor
 from omnisieve.compressors.base import Settings
 from omnisieve.config import DataSection, TrainSection
 from omnisieve.data.batch import Batch
@@ -26,6 +27,7 @@ from omnisieve.layout import Modality
 from omnisieve.training.distributed import Ranks
 from omnisieve.training.interruption import ignore_signals
 from omnisieve.training.pictures import ClipMedia, clip_media
+from omnisieve.training.reach import Reach, drawn
 
 
 @dataclass(frozen=True)
@@ -50,34 +52,40 @@ class Streams:
     reading: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_manifests(data: DataSection, train: TrainSection) -> None:
+def check_manifests(data: DataSection, train: TrainSection) -> list[str]:
     """Read the manifests and look for their media files, which is quick; everything after it is not.
+
+    Returns:
+        what a run should say of them, see `Manifest.check`.
 
     Raises:
         ManifestError: a line is wrong, or files are missing. DataError: `train.group_by_length` is about other data.
     """
-    for path in (data.train, data.val):
-        if path is not None:
-            Manifest(path).check()
+    found = [remark for path in (data.train, data.val) if path is not None for remark in Manifest(path).check()]
     if train.group_by_length is not None:
         check_sizes(Path(train.group_by_length), Path(data.train))
+    return found
 
 
 def open_streams(
-    data: DataSection, train: TrainSection, media: MediaLoader, settings: Settings, ranks: Ranks
+    data: DataSection, train: TrainSection, media: MediaLoader, compressor: Compressor, ranks: Ranks
 ) -> Streams:
-    """Read the manifests and lay their clips out for this rank; `settings` are the compressor's.
+    """Read the manifests and lay their clips out for this rank.
+
+    Samples that `compressor` cannot bring to its ratio are replaced as those that cannot be read.
 
     Raises:
         ManifestError: a manifest cannot be used. DataError: `train.group_by_length` holds sizes of other data.
     """
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
     limit = None if data.max_tokens is None else LengthLimit(data.max_tokens, lower_fps=data.too_long == "lower_fps")
-    dataset = OmniDataset(Manifest(data.train), media, on_error="replace", limit=limit)
+    ids_per_window = media.preprocessor.rules.ids_per_chunk
+    reach = Reach(drawn(compressor, train.ratio), ids_per_window)
+    dataset = OmniDataset(Manifest(data.train), media, on_error="replace", limit=limit, check=reach)
     lengths = None
     if train.group_by_length is not None:
         sizes = read_sizes(Path(train.group_by_length), Path(data.train), media.preprocessing(""))
-        lengths = lengths_in_llm(sizes_in_training(sizes, limit), settings, train)
+        lengths = lengths_in_llm(sizes_in_training(sizes, limit), compressor.settings, train)
     sampler = StreamSampler(
         len(dataset),
         train.micro_batch_size,
@@ -88,7 +96,8 @@ def open_streams(
     )
     val, probes = None, dict[str, Callable[[], ClipMedia]]()
     if data.val is not None:
-        held_out = OmniDataset(Manifest(data.val), media, on_error="replace", limit=limit)
+        reach = Reach([compressor], ids_per_window)
+        held_out = OmniDataset(Manifest(data.val), media, on_error="replace", limit=limit, check=reach)
         shards = val_shards(len(held_out), train.micro_batch_size, **place)
         counts = [counted for _, counted in shards]
         val = _Counted(_loader(held_out, [indices for indices, _ in shards], data, train, ranks), counts)
