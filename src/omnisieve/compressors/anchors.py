@@ -22,6 +22,7 @@ from omnisieve.compressors.base import Budget, Compressor, CompressorError, Need
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import relative_to_window
 from omnisieve.layout import Modality, SegmentKind, Segments, TokenLayout
+from omnisieve.ops.budget import round_product
 from omnisieve.ops.merge import merge_into_anchors, spaced_anchors
 from omnisieve.ops.similarity import unit
 from omnisieve.ops.topk import tiered, topk_mask
@@ -133,10 +134,10 @@ class AnchoredAudio(Compressor):
     def audio_counts(self, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
         """Best-scored tokens and anchors per sample, [B] each."""
         s, size = self.settings, layout.counts(Modality.AUDIO)
-        anchors = np.rint(s.contextual_ratio * size).astype(np.int64) * (s.merge_group > 0 or self.keeps_bare_anchors)
+        anchors = round_product(size, s.contextual_ratio) * (s.merge_group > 0 or self.keeps_bare_anchors)
         if self.official:
             # As published, binary fractions included.
-            best = np.rint((1.0 - drop_share(self.ratio_of(Modality.AUDIO))) * size).astype(np.int64)
+            best = round_product(size, 1.0 - drop_share(self.ratio_of(Modality.AUDIO)))
             return best, np.minimum(anchors, size - best)
         total = self.asked(layout).audio
         # Anchors never take more than half of what is kept.

@@ -19,7 +19,7 @@ from torch import Tensor
 from omnisieve.compressors.base import Compressor, Needs, register
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.layout import MEDIA, Modality, SegmentKind, TokenLayout
-from omnisieve.ops.budget import round_count
+from omnisieve.ops.budget import round_product
 from omnisieve.ops.diversity import maxmin_mask, maxmin_rank
 from omnisieve.plan import Plan
 
@@ -40,8 +40,8 @@ class DivPruneOm(Compressor):
         return self._in_order(Modality.VIDEO, embeds, layout), self._in_order(Modality.AUDIO, embeds, layout)
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
-        """round(ratio * n), halves to even."""
-        return round_count(sizes * self.shares_of(modality, layout))
+        """round(ratio * n), halves to even, binary fractions included."""
+        return round_product(sizes, self.shares_of(modality, layout))
 
     def _diverse(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Tensor:
         segments, counts = self.segments_of(modality, layout), self.counts_of(modality, layout)

@@ -42,7 +42,7 @@ from omnisieve.compressors.layer_schedules import TINY, ProgressivePruning
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import relative_to_window
 from omnisieve.layout import Modality, SegmentKind, TokenLayout
-from omnisieve.ops.budget import largest_remainder, round_to_sum
+from omnisieve.ops.budget import largest_remainder, round_product, round_to_sum
 from omnisieve.ops.similarity import cosine_to_mean
 from omnisieve.ops.topk import descending_rank, topk_mask
 
@@ -147,7 +147,7 @@ class IntraModality(DyCokeVa):
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """Of audio round(ratio * n), halves to even."""
         if modality == Modality.AUDIO:
-            return np.rint(self.ratio_of(modality) * sizes).astype(np.int64)
+            return round_product(sizes, self.ratio_of(modality))
         return super().official_counts(modality, layout, sizes)
 
 

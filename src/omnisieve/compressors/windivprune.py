@@ -17,6 +17,7 @@ from torch import Tensor
 from omnisieve.compressors.base import Compressor, Need, Needs, Settings, register
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
+from omnisieve.ops.budget import round_product
 from omnisieve.ops.diversity import maxmin_mask, maxmin_rank
 from omnisieve.plan import Plan
 
@@ -81,7 +82,7 @@ class WinDivPrune(Compressor):
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """max(1, round(ratio * n)), halves to even, binary fractions included."""
-        rounded = np.rint(sizes * self.shares_of(modality, layout)).astype(np.int64)
+        rounded = round_product(sizes, self.shares_of(modality, layout))
         return np.clip(rounded, np.minimum(sizes, 1), sizes)
 
     def _weight(self, modality: Modality, segments: Segments, needs: Needs | None) -> Tensor | None:
