@@ -53,7 +53,7 @@ def import_omnisift(checkpoint: str | Path, preset: str = OMNISIFT_PRESET, **set
     path = Path(checkpoint)
     tensors = tensors_of(path)
     weights = _compressor_weights(tensors, path)
-    values = find_preset(preset).with_changes(_PUBLISHED | settings)
+    values = find_preset(preset).of("omnisift", _PUBLISHED | settings)
     compressor = build_compressor("omnisift", hidden_size=_hidden_size(weights, path), **values)
     assert isinstance(compressor, OmniSift)  # its name says so
     expected = {PREFIX + name: value for name, value in compressor.selector.state_dict().items()}

@@ -285,7 +285,7 @@ def build_compressor(
     """
     cls = compressor_type(name)
     if preset is not None:
-        values = find_preset(preset).with_changes(values)
+        values = find_preset(preset).of(name, values)
     settings = make_settings(cls.settings_type, values, name)
     if not cls.learned:
         return cls(settings)
