@@ -9,8 +9,8 @@ Where paper and code differ: the code scores with a layer applied to its own out
 is the default here too, and `next_layer` takes the attention of the layer that follows. Scores are of the order of one
 over the length, so that windows weigh about the same at the published temperature; `normalize_scores` changes that.
 
-`rounding="official"` pairs the i-th run of video with the i-th of audio, keeps published ratios of what is there and
-repairs budgets in the published order, which can miss a sum by a few tokens. `rounding="exact"` takes 2-s windows,
+`rounding="official"` pairs the i-th run of video with the i-th of audio in what is left, keeps published ratios of that
+and repairs budgets in the published order, which can miss a sum by a few tokens. `rounding="exact"` takes 2-s windows,
 gives each modality exactly its own and fits the mean over layers of each modality to its ratio: the sum over layers
 is missed by half the layers of the last level at most (3 of 28), by more only where a handful of tokens is left.
 """
@@ -163,11 +163,8 @@ class Seats(InnerCompressor):
         else:
             levels = layout.derived((self.name, self.settings, self.num_layers), lambda: self._levels(layout))
             kept = levels[cut + 1].T
-        video, audio = (layout.segments("run" if self.official else "window", modality) for modality in MEDIA)
         scores = self._normalized(scores, alive, layout)
-        return select_top_down(
-            scores, alive, layout, (video, audio), kept, tau=self.settings.tau, official=self.official
-        )
+        return select_top_down(scores, alive, layout, kept, tau=self.settings.tau, official=self.official)
 
     def budget(self, layout: TokenLayout) -> Budget:
         """Kept tokens averaged over layers, each modality apart; upper bounds under official rounding."""
