@@ -9,7 +9,7 @@ planning never waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Literal
 from zlib import crc32
@@ -189,6 +189,17 @@ class TokenLayout:
             self._uploads[key] = self._segments(*pack(owner, max(groups, 1)))
         return self._uploads[key]
 
+    def by_grid_pairs(self) -> TokenLayout:
+        """The same layout whose windows are pairs of consecutive grids of a video, whatever time they span.
+
+        Audio belongs to the pair that began last before it, on its own clock or an earlier one; audio before all video
+        makes a window without video. At two grids in 2 s these are the 2-s windows.
+        """
+        key = ("grid pairs",)
+        if key not in self._uploads:
+            self._uploads[key] = replace(self, window=_grid_pairs(self), _uploads={})
+        return self._uploads[key]
+
     def cut(self, owner: np.ndarray, groups: int) -> Segments:
         """Cuts of one's own making, not kept.
 
@@ -257,6 +268,19 @@ def _windows(sample: TokenMap, ids_per_window: int) -> np.ndarray:
     chunk = sample.time[media] // ids_per_window
     key = sample.stream[media] * (chunk.max(initial=0) + 1) + chunk
     window[media] = np.unique(key, return_inverse=True)[1]
+    return window
+
+
+def _grid_pairs(layout: TokenLayout) -> np.ndarray:
+    """Number of each media token's pair of grids in its sample, [B, S]; -1 for what is neither video nor audio."""
+    frames = layout.segments("frame", Modality.VIDEO)
+    opens = (frames.sizes > 0) & (layout.places(frames) % 2 == 0)
+    # Streams follow each other, and so do their clocks.
+    moment = layout.stream * (int(layout.time.max(initial=0)) + 1) + layout.time
+    window = np.full(layout.modality.shape, -1, dtype=np.int64)
+    for sample, (row, media) in enumerate(zip(moment, np.isin(layout.modality, MEDIA), strict=True)):
+        starts = row[frames.first[sample, opens[sample]]]
+        window[sample, media] = np.unique(np.searchsorted(starts, row[media], side="right"), return_inverse=True)[1]
     return window
 
 

@@ -26,7 +26,12 @@ PREFIX = "thinker.compressor."
 OMNISIFT_PRESET = "omnisift/7b/code"
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth")
-_PUBLISHED = {"video_pruner": "similarity", "score_norm": "none", "rounding": "official"}
+_PUBLISHED = {
+    "video_pruner": "similarity",
+    "score_norm": "none",
+    "rounding": "official",
+    "chunks": "pair_grids",
+}
 _PROJECTIONS = ("v_proj.weight", "a_proj.weight")
 
 Load = Callable[[], Tensor]

@@ -32,7 +32,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "omnisift": [
         {"video_pruner": "learned", "width": 32, "heads": 4, "pruner_channels": 8},
         {"video_pruner": "similarity", "width": 32, "heads": 4, "pruner_channels": 8},
-        {"base": "omnizip", "width": 32, "heads": 4, "pruner_channels": 8},
+        {"base": "omnizip", "chunks": "pair_grids", "width": 32, "heads": 4, "pruner_channels": 8},
     ],
     "omnizip": [
         {},
@@ -59,6 +59,7 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("fastvid", {"scenes": 1, "scene_similarity": -1.0}),
     ("fastvid", {"variant": "qwen", "scene_similarity": -1.0}),
     ("omnisift", VARIANTS["omnisift"][1]),
+    ("omnisift", VARIANTS["omnisift"][1] | {"chunks": "pair_grids"}),
     ("omnizip", {}),
     ("omnizip", {"variant": "units"}),
     ("omnizip", {"variant": "paper"}),

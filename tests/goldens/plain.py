@@ -133,7 +133,9 @@ def counts_file() -> dict[str, list[int]]:
         found[f"visionzip|{ratio}|{video}|{audio}"] = list(whole)
         if audio:
             shares = solved(behind(ratio), video, audio)
-            found[f"fastv|{ratio}|{video}|{audio}"] = [rounded(s, n) for s, n in zip(shares, (video, audio), strict=True)]
+            found[f"fastv|{ratio}|{video}|{audio}"] = [
+                rounded(s, n) for s, n in zip(shares, (video, audio), strict=True)
+            ]
     for ratios, video, audio in (((0.3, 0.55), 500, 195), ((0.1, 0.45), 96, 30), ((0.58, 0.35), 143, 26)):
         shares = [behind(ratio) for ratio in ratios]
         found[f"fastv_om|{ratios[0]},{ratios[1]}|{video}|{audio}"] = [

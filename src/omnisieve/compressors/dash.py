@@ -8,6 +8,7 @@
 
 `rounding="official"` reproduces the published functions: segments end at shares of the video's tokens, a frame is
 half a grid counted from there, what does not fill a frame is dropped, and nothing makes the rates meet the budget.
+Tokens are counted and no window is cut, so that it means the same at every frame rate and in every model.
 `rounding="exact"`, the default, differs in this:
 
 - a frame is a grid and belongs to the segment that sounds in its middle, on the same clock; without sound to the

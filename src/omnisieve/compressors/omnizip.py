@@ -6,6 +6,11 @@
 
 `rounding="official"` reproduces the published functions: anchors come on top of the audio budget, windows' rates are
 scaled between two frozen extremes and clamped (so the video budget is met only by chance), frames round down.
+They are those of the published code where 2 s of a sequence are one run of two grids and one of audio: Qwen2.5-Omni
+below the frame cap. Published windows are runs and published frames are compared within a run; ours last 2 s by time
+under either rounding, also where grids are spread out and in Qwen3-Omni, whose runs are one grid. `units` counts frames
+and audio tokens instead, and under official rounding does so everywhere.
+
 `rounding="exact"`, the default, differs in this:
 
 - anchors count as kept audio;

@@ -10,7 +10,8 @@ is the default here too, and `next_layer` takes the attention of the layer that 
 over the length, so that windows weigh about the same at the published temperature; `normalize_scores` changes that.
 
 `rounding="official"` pairs the i-th run of video with the i-th of audio in what is left, keeps published ratios of that
-and repairs budgets in the published order, which can miss a sum by a few tokens. `rounding="exact"` takes 2-s windows,
+and repairs budgets in the published order, which can miss a sum by a few tokens. A run is 2 s of one modality in
+Qwen2.5-Omni below the frame cap, and a grid or its second of sound in Qwen3-Omni. `rounding="exact"` takes 2-s windows,
 gives each modality exactly its own and fits the mean over layers of each modality to its ratio: the sum over layers
 is missed by half the layers of the last level at most (3 of 28), by more only where a handful of tokens is left.
 """

@@ -9,7 +9,8 @@ here, as in the omni-modal adaptation that SEATS describes, there is no CLS toke
 `visionzip_om` prunes both modalities. `visionzip` leaves audio whole and solves the share of the video per sample; if
 that would fall below `video_floor`, the video stays there and audio is dropped at random for the rest.
 
-`rounding="official"` rounds as SEATS' code does, always down, and cuts audio into 50 tokens each. The total is truncated
+`rounding="official"` rounds as SEATS' code does, always down, and cuts audio into 50 tokens each: 2 s of Qwen2.5-Omni,
+near 4 s of Qwen3-Omni. The total is truncated
 before the share of the video is solved from it, and a video at its floor keeps contextual tokens only.
 `rounding="exact"` meets the total by largest remainder; anchors are part of it, and never more than there are tokens to
 join them.

@@ -2,7 +2,8 @@
 
 SEATS' first stage (section 4.1): greedy max-min selection in cosine distance inside 2-s windows, where the attention
 that a candidate receives in the encoder scales its distances. `rounding="official"` cuts windows as the published code
-does, every two grids and every 50 audio tokens, and keeps max(1, round(ratio * n)) of each.
+does, every two grids and every 50 audio tokens, and keeps max(1, round(ratio * n)) of each. These are 2 s of
+Qwen2.5-Omni below the frame cap; grids that are spread out last longer, and 50 audio tokens of Qwen3-Omni near 4 s.
 """
 
 from __future__ import annotations
