@@ -4,8 +4,8 @@ Greedy max-min selection in cosine distance (DivPrune, arXiv 2503.02175), in the
 describes: video per temporal grid, audio per window, on embeddings after the projectors. The published code selects
 one picture at a time and may pick a duplicate twice; ours handles all segments together and never does.
 `divprune_om` prunes both modalities; `divprune` leaves audio whole unless `audio_ratio` says otherwise.
-`rounding="official"` keeps round(ratio * n) of a segment. Windows last 2 s by time under either rounding; the adaptation
-has no published code that would cut them otherwise.
+`rounding="official"` keeps round(ratio * n) of a segment. Windows last 2 s by time under either rounding: the
+adaptation has no published code that would cut them otherwise.
 """
 
 from __future__ import annotations

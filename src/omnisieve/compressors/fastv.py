@@ -162,14 +162,14 @@ class FastvOm(InnerCompressor):
         video, audio = (np.minimum(kept.counts_of(m, layout).sum(axis=1), first.of(m)) for m in MEDIA)
         return Budget(video, audio, first.exact)
 
-    def check_cut(self, kept: Compressor, layout: TokenLayout) -> None:
+    def check_cut(self, twin: Compressor, layout: TokenLayout) -> None:
         """Refuse a total that one modality cannot meet beside what the other keeps.
 
         Args:
-            kept: this method at the ratios behind the cut.
+            twin: this method at the ratios behind the cut.
             layout: of the batch.
         """
-        modality, asked = self._solved, asked_budget(kept.settings, layout, self.audio_intact)
+        modality, asked = self._solved, asked_budget(twin.settings, layout, self.audio_intact)
         if modality is None:
             return
         kept, most, rest = asked.of(modality), layout.counts(modality), asked.total - asked.of(modality)
@@ -205,10 +205,10 @@ class FastV(FastvOm):
             return super().shares_of(modality, layout)
         return intact_shares(self.ratio_of(Modality.VIDEO), layout, PUBLISHED_VIDEO_FLOOR)[modality]
 
-    def check_cut(self, kept: Compressor, layout: TokenLayout) -> None:
+    def check_cut(self, twin: Compressor, layout: TokenLayout) -> None:
         """See `FastvOm.check_cut`; a published total is met as far as it goes."""
         if not self._published_total:
-            super().check_cut(kept, layout)
+            super().check_cut(twin, layout)
 
     @property
     def _published_total(self) -> bool:

@@ -14,7 +14,8 @@ it, and p_init is 0 or, where less than 0.6 of what enters the LLM is to stay on
 the paper's shares as long as the schedule need not be steeper than the steepest published one (p_final 0.5) nor has
 less than a fifth to prune; beyond, both shares shrink or grow with the ratio.
 `rounding="official"`: the paper's shares, p_init and p_final as given, and floor(n p_l) of n tokens pruned; the mean
-over layers then follows from these; windows, which distances count, last 2 s by time. The paper's own settings retain 28.8 and 20.6 % where it says 30 and 20.
+over layers then follows from these. The paper's own settings retain 28.8 and 20.6 % where it says 30 and 20. Windows,
+in which distances are counted, last 2 s by time under either rounding.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Video is pruned per frame by dissimilarity to the frame mean (first frame of a w
 the frame before. The paper has no counterpart for audio; ours ranks the audio tokens of a window by a mix of
 dissimilarity to the audio token before and to the mean of the window.
 
-`rounding="official"` rounds as OmniSIFT's code does, n - int(n * dropped); windows last 2 s by time under either rounding.
+`rounding="official"` rounds as OmniSIFT's code does, n - int(n * dropped). Windows
+last 2 s by time under either rounding.
 """
 
 from __future__ import annotations
