@@ -275,13 +275,17 @@ def _grid_pairs(layout: TokenLayout) -> np.ndarray:
     """Number of each media token's pair of grids in its sample, [B, S]; -1 for what is neither video nor audio."""
     frames = layout.segments("frame", Modality.VIDEO)
     opens = (frames.sizes > 0) & (layout.places(frames) % 2 == 0)
-    # Streams follow each other, and so do their clocks.
-    moment = layout.stream * (int(layout.time.max(initial=0)) + 1) + layout.time
-    window = np.full(layout.modality.shape, -1, dtype=np.int64)
-    for sample, (row, media) in enumerate(zip(moment, np.isin(layout.modality, MEDIA), strict=True)):
-        starts = row[frames.first[sample, opens[sample]]]
-        window[sample, media] = np.unique(np.searchsorted(starts, row[media], side="right"), return_inverse=True)[1]
-    return window
+    sample = np.arange(layout.batch_size)[:, None]
+    # Samples follow each other, and so do the clocks of their streams.
+    clock = sample * (int(layout.stream.max(initial=0)) + 1) + layout.stream
+    moment = clock * (int(layout.time.max(initial=0)) + 1) + layout.time
+    begun = np.searchsorted(moment[sample, frames.first][opens], moment, side="right")
+    earlier = np.cumsum(opens.sum(axis=1)) - opens.sum(axis=1)
+    number = begun - earlier[:, None]
+    media = np.isin(layout.modality, MEDIA)
+    # Counted from 0, which is 1 pair begun unless something sounds before all video.
+    least = np.where(media, number, number.max(initial=0)).min(axis=1, keepdims=True)
+    return np.where(media, number - least, -1)
 
 
 def _previous_frame_token(layout: TokenLayout, within: str) -> np.ndarray:
