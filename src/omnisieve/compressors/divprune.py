@@ -53,7 +53,7 @@ class DivPruneOm(Compressor):
     def _in_order(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Ranked:
         segments = self.segments_of(modality, layout)
         picked = maxmin_rank(segments.gather(embeds), segments.valid)
-        return self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout)
+        return self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout, None)
 
 
 @register("divprune")

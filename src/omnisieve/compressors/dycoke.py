@@ -43,7 +43,7 @@ class DyCokeVa(Compressor):
 
     def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
         """Every fourth frame whole, and of the others first what changes. See `Compressor.rank`."""
-        video, audio = (self.ranked(m, self.scores_of(m, embeds, layout), layout) for m in MEDIA)
+        video, audio = (self.ranked(m, self.scores_of(m, embeds, layout), layout, 1.0) for m in MEDIA)
         return video, audio
 
     def scores_of(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Tensor:

@@ -221,7 +221,7 @@ class OmniSift(LearnedCompressor):
         embeds = embeds.to(next(self.selector.parameters()).dtype)
         projected = self.selector.project_video(embeds)
         if self.pruner is None:
-            video = self.ranked(Modality.VIDEO, spatiotemporal_saliency(embeds, chunked), layout)
+            video = self.ranked(Modality.VIDEO, spatiotemporal_saliency(embeds, chunked), layout, 1.0)
         else:
             change, has_previous = previous_frame_change(embeds, chunked, self.settings.temporal_span)
             logits = self.pruner(projected, change, has_previous, layout)

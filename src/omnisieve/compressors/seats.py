@@ -34,6 +34,7 @@ from omnisieve.compressors.topdown import select_top_down
 from omnisieve.compressors.windivprune import WinDivPrune, WinDivPruneSettings
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.budget import round_count
+from omnisieve.ops.topk import ROUNDING
 from omnisieve.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -192,6 +193,8 @@ class Seats(InnerCompressor):
         if self.settings.normalize_scores == "zscore":
             mean = (scores * alive).sum(dim=1, keepdim=True) / size.clamp(min=1)
             centred = (scores - mean) * alive
+            # Scores that are all alike have no spread but that of rounding.
+            centred = centred * (centred.abs() > ROUNDING * mean)
             return centred / (centred.square().sum(dim=1, keepdim=True) / size.clamp(min=1)).sqrt().clamp(min=1e-12)
         return scores
 

@@ -53,7 +53,7 @@ class Stvp(Compressor):
         """What differs from its surroundings first. See `Compressor.rank`."""
         video = spatiotemporal_saliency(embeds, layout)
         audio = audio_saliency(embeds, layout, self.settings.audio_novelty)
-        return self.ranked(Modality.VIDEO, video, layout), self.ranked(Modality.AUDIO, audio, layout)
+        return self.ranked(Modality.VIDEO, video, layout, 1.0), self.ranked(Modality.AUDIO, audio, layout, 1.0)
 
 
 def audio_saliency(embeds: Tensor, layout: TokenLayout, novelty: float) -> Tensor:

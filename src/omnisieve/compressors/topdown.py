@@ -12,7 +12,7 @@ from torch import Tensor
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.groups import rank_in_group
 from omnisieve.ops.topk import topk_mask
-from omnisieve.ops.waterfill import level_out, share_out
+from omnisieve.ops.waterfill import level_out, round_half_even, share_out
 
 
 def windows_by_time(layout: TokenLayout) -> tuple[Tensor, int]:
@@ -111,11 +111,11 @@ def _published_counts(relevance: Tensor, sizes: Tensor, kept: Tensor) -> Tensor:
     """Tokens per window and modality, [B, G, 2], in the published order of repairs."""
     total, most = kept.sum(dim=-1), sizes.sum(dim=-1)
     share = relevance.mean(dim=-1) * total.unsqueeze(-1)
-    window = level_out(torch.minimum(share.round().long().clamp(min=1), most), most, total)
+    window = level_out(torch.minimum(round_half_even(share).clamp(min=1), most), most, total)
     demand = relevance * kept.unsqueeze(1)
     video_share = demand[..., 0] / (demand.sum(dim=-1) + 1e-12)
     has_video, has_audio = sizes.unbind(dim=-1)
-    video = torch.minimum((window * video_share).round().long(), has_video)
+    video = torch.minimum(round_half_even(window * video_share), has_video)
     audio = torch.minimum(window - video, has_audio)
     video = torch.minimum(window - audio, has_video)
     # At least one token of each modality, at the cost of the other where that has more.

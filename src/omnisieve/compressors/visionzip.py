@@ -167,7 +167,7 @@ class VisionZipOm(Compressor):
             attention, segments.valid, segments.sizes, *self.split_counts(modality, layout)
         )
         order = tiered(2 * dominant.long() + contextual.long(), attention, segments.valid)
-        return self.ranked(modality, segments.scatter(order, 0.0), layout)
+        return self.ranked(modality, segments.scatter(order, 0.0), layout, None)
 
     def _merge(self, video: Zip, audio: Zip, layout: TokenLayout) -> Merge | None:
         """What joins the anchors."""
@@ -232,7 +232,7 @@ class VisionZip(VisionZipOm):
         """Audio by chance."""
         if modality == Modality.VIDEO:
             return super()._in_order(modality, layout, needs)
-        return self.ranked(modality, random_scores(layout, self.settings.seed), layout)
+        return self.ranked(modality, random_scores(layout, self.settings.seed), layout, None)
 
 
 def choose_tokens(

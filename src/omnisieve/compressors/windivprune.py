@@ -71,7 +71,7 @@ class WinDivPrune(Compressor):
             segments = self.segments_of(modality, layout)
             weight = self._weight(modality, segments, needs)
             picked = maxmin_rank(segments.gather(embeds), segments.valid, weight)
-            parts.append(self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout))
+            parts.append(self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout, None))
         return parts[0], parts[1]
 
     def segments_of(self, modality: Modality, layout: TokenLayout) -> Segments:
