@@ -160,17 +160,19 @@ Sample = str | LayoutSpec  # a name is one of `LAYOUTS`
 class Batch:
     """Layout, embeddings and statistics of some samples; what a sample holds does not depend on its neighbours."""
 
-    def __init__(self, samples: Sequence[Sample], padding_side: str = "right", family: str = QWEN2_5) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], padding_side: str = "right", family: str = QWEN2_5, width: int = HIDDEN
+    ) -> None:
         specs = [LAYOUTS[sample] if isinstance(sample, str) else sample for sample in samples]
         self.layout: TokenLayout = make_layout(*specs, padding_side=padding_side, family=family)
-        self.embeds = torch.full((len(specs), self.layout.length, HIDDEN), 1e3)
+        self.embeds = torch.full((len(specs), self.layout.length, width), 1e3)
         self._attention = torch.full((len(specs), self.layout.length), 1e3)
         self._keys = torch.full((len(specs), self.layout.length, HEAD), 1e3)
         self.present = torch.from_numpy(self.layout.modality > 0)
         for row, spec in enumerate(specs):
             generator = torch.Generator().manual_seed(crc32(repr(spec).encode()))
             size = int(self.present[row].sum())
-            self.embeds[row, self.present[row]] = torch.randn(size, HIDDEN, generator=generator)
+            self.embeds[row, self.present[row]] = torch.randn(size, width, generator=generator)
             self._attention[row, self.present[row]] = torch.rand(size, generator=generator) + 0.1
             self._keys[row, self.present[row]] = torch.randn(size, HEAD, generator=generator)
 

@@ -16,9 +16,7 @@ KERNELS = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Variances of the Gaussian kernels that measure uniqueness (DASH)."""
 
 
-def density_peaks(
-    x: Tensor, valid: Tensor, neighbours: int, metric: Metric = "cosine"
-) -> Tensor:
+def density_peaks(x: Tensor, valid: Tensor, neighbours: int, metric: Metric = "cosine") -> Tensor:
     """How much an entry is the centre of a cluster of its own (DPC-kNN).
 
     density = exp(-mean distance to the nearest neighbours), of squared distances if they are Euclidean; separation =
@@ -31,7 +29,7 @@ def density_peaks(
         metric: of the distances.
 
     Returns:
-        separation * density, [..., L], or its logarithm if distances are Euclidean, because densities of wide embeddings
+        separation * density, [..., L], or its logarithm if distances are Euclidean, because densities of wide rows
         underflow; meaningless outside `valid`. The rounding of either is relative to `distance_scale`.
     """
     distance, others = _distances(x, valid, metric)

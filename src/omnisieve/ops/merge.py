@@ -166,6 +166,6 @@ def _max_per_group(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, 
     """
     group, shape = group.expand_as(values), (*values.shape[:2], groups)
     largest = values.new_full(shape, -torch.inf).scatter_reduce(-1, group, values, "amax")
-    last = values.shape[-1] - 1
-    column = torch.where(values >= largest.gather(-1, group) - ROUNDING, torch.arange(last + 1, device=values.device), last)
+    last, place = values.shape[-1] - 1, torch.arange(values.shape[-1], device=values.device)
+    column = torch.where(values >= largest.gather(-1, group) - ROUNDING, place, last)
     return largest, torch.full(shape, last, device=values.device).scatter_reduce(-1, group, column, "amin")

@@ -18,7 +18,9 @@ WIDEST = 4 * ROUNDING
 
 Scale = float | Tensor | None
 """The size that the rounding of scores is relative to, or [..., 1]: a score's own where that is larger. 0 for what is a
-product throughout (attention), the size of the terms for what is a difference (1 for 1 - cosine); None for exact scores."""
+product throughout (attention), the size of the terms for what is a difference (1 for 1 - cosine); None for scores that
+are exact.
+"""
 
 
 def descending_rank(scores: Tensor, valid: Tensor, scale: Scale = 0.0) -> Tensor:
