@@ -61,9 +61,9 @@ KINDS: Sequence[Kind] = (random, still, repeated, constant)
 
 
 class Alike(Batch):
-    """Samples in which tokens take the place of others, and all that is known of them with it."""
+    """Samples in which tokens take the place of others, and all that is known of them with it, but for a rounding."""
 
-    def __init__(self, samples: Sequence[tuple[LayoutSpec, Kind]], padding_side: str = "right") -> None:
+    def __init__(self, samples: Sequence[tuple[LayoutSpec, Kind]], padding_side: str = "right", seed: int = 0) -> None:
         super().__init__([spec for spec, _ in samples], padding_side, width=WIDTH)
         self.scores = torch.zeros(self.present.shape)
         for row, (spec, kind) in enumerate(samples):
@@ -76,6 +76,11 @@ class Alike(Batch):
                 source[self.layout.modality[row] == modality] = first + kind(alone, modality)
             for values in (self.embeds, self._attention, self._keys):
                 values[row] = values[row, source]
+        # Of a batch's own: what comes before a compressor is rounded, too.
+        generator = torch.Generator().manual_seed(seed)
+        for values in (self.embeds, self._attention, self._keys):
+            values *= 1 + 2.0**-24 * (2 * torch.rand(values.shape, generator=generator) - 1)
+        for row in range(len(samples)):
             self.scores[row] = self._attention[row] / float(self._attention[row, self.present[row]].sum())
 
 
@@ -103,7 +108,7 @@ def assert_alike(case: Case, rounding: str, shift: int, padding_side: str) -> No
     batch = Alike(samples, padding_side)
     together, merged = choices(compressor, batch)
     for row, sample in enumerate(samples):
-        alone, merged_alone = choices(compressor, Alike([sample]))
+        alone, merged_alone = choices(compressor, Alike([sample], seed=1 + row))
         for one, other in zip(together, alone, strict=True):
             assert torch.equal(batch.sample(row, one), other[0]), sample
         torch.testing.assert_close(batch.sample(row, merged), merged_alone[0], rtol=1e-4, atol=1e-4)

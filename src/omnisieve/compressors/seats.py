@@ -34,7 +34,6 @@ from omnisieve.compressors.topdown import select_top_down
 from omnisieve.compressors.windivprune import WinDivPrune, WinDivPruneSettings
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.budget import round_count
-from omnisieve.ops.topk import ROUNDING
 from omnisieve.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -165,8 +164,8 @@ class Seats(InnerCompressor):
         else:
             levels = layout.derived((self.name, self.settings, self.num_layers), lambda: self._levels(layout))
             kept = levels[cut + 1].T
-        scores = self._normalized(scores, alive, layout)
-        return select_top_down(scores, alive, layout, kept, tau=self.settings.tau, official=self.official)
+        normal, tau = self._normalisation(scores, alive, layout), self.settings.tau
+        return select_top_down(scores, alive, layout, kept, tau=tau, official=self.official, normal=normal)
 
     def budget(self, layout: TokenLayout) -> Budget:
         """Kept tokens averaged over layers, each modality apart; upper bounds under official rounding."""
@@ -184,19 +183,18 @@ class Seats(InnerCompressor):
     def _score_at(self, after: int) -> ScoreAt:
         return ScoreAt(after + 1, "input") if self.settings.next_layer else ScoreAt(after, "output")
 
-    def _normalized(self, scores: Tensor, alive: Tensor, layout: TokenLayout) -> Tensor:
-        """Scores as windows are weighed by them, [B, S]; their order stays."""
+    def _normalisation(self, scores: Tensor, alive: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor] | None:
+        """What is taken off the scores, and what they are multiplied by, before windows are weighed: [B, 1] each."""
         size = alive.sum(dim=1, keepdim=True)
         if self.settings.normalize_scores == "length":
             fixed = layout.mask(Modality.TEXT, Modality.IMAGE).sum(dim=1, keepdim=True)
-            return scores * (size + fixed)
+            return torch.zeros_like(scores[:, :1]), size + fixed
         if self.settings.normalize_scores == "zscore":
             mean = (scores * alive).sum(dim=1, keepdim=True) / size.clamp(min=1)
             centred = (scores - mean) * alive
-            # Scores that are all alike have no spread but that of rounding.
-            centred = centred * (centred.abs() > ROUNDING * mean)
-            return centred / (centred.square().sum(dim=1, keepdim=True) / size.clamp(min=1)).sqrt().clamp(min=1e-12)
-        return scores
+            spread = (centred.square().sum(dim=1, keepdim=True) / size.clamp(min=1)).sqrt()
+            return mean, 1 / spread.clamp(min=1e-12)
+        return None
 
     def _levels(self, layout: TokenLayout) -> np.ndarray:
         """Tokens at each used level, [levels, 2, B], video before audio."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omnisieve.layout import MEDIA, Modality, TokenLayout
 from omnisieve.ops.groups import rank_in_group
-from omnisieve.ops.topk import topk_mask
+from omnisieve.ops.topk import settled, topk_mask
 from omnisieve.ops.waterfill import level_out, round_half_even, share_out
 
 
@@ -57,6 +57,7 @@ def select_top_down(
     *,
     tau: float,
     official: bool,
+    normal: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Which media tokens stay, [B, S] bool.
 
@@ -71,12 +72,17 @@ def select_top_down(
         official: windows are runs of what is left, the i-th of video and the i-th of audio; budgets are repaired and
             split as the published code does, which can miss the sum of `kept` by a few tokens. Otherwise windows last
             2 s, and each modality gets exactly its own.
+        normal: what is taken off scores and what they are multiplied by before windows are weighed, [B, 1] each.
     """
     windows, groups = windows_by_run(alive, layout) if official else windows_by_time(layout)
     windows = torch.where(alive, windows, groups)
     sizes = _sums(torch.ones_like(scores, dtype=torch.long), windows, groups)
     total = _sums(scores.double(), windows, groups)
-    relevance = _relevance(total / sizes.clamp(min=1), sizes, tau)
+    # Windows whose means agree to rounding are equally relevant.
+    means = settled((total / sizes.clamp(min=1)).mT, (sizes > 0).mT).mT
+    if normal is not None:
+        means = (means - normal[0].unsqueeze(-1)) * normal[1].unsqueeze(-1)
+    relevance = _relevance(means.masked_fill(sizes == 0, 0), sizes, tau)
     counts = (_published_counts if official else _exact_counts)(relevance, sizes, kept)
 
     keep, alone = torch.zeros_like(alive), _nothing_to_share(sizes)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omnisieve.ops.groups import rank_in_group
 from omnisieve.ops.similarity import segment_mean, symmetric, unit
-from omnisieve.ops.topk import ROUNDING, Scale, levels, topk_mask
+from omnisieve.ops.topk import ROUNDING, WIDEST, Scale, levels, topk_mask
 
 Metric = Literal["cosine", "euclidean"]
 KERNELS = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -39,7 +39,7 @@ def density_peaks(x: Tensor, valid: Tensor, neighbours: int, metric: Metric = "c
     return separation * torch.exp(-sparsity) if metric == "cosine" else separation.log() - sparsity
 
 
-def distance_scale(x: Tensor, valid: Tensor, metric: Metric) -> float | Tensor:
+def distance_scale(x: Tensor, valid: Tensor, metric: Metric) -> Tensor:
     """What distances, or squares of Euclidean ones, are a difference of: 1, or the largest square of a segment's rows.
 
     Args:
@@ -48,10 +48,10 @@ def distance_scale(x: Tensor, valid: Tensor, metric: Metric) -> float | Tensor:
         metric: of the distances.
 
     Returns:
-        1, or [..., 1].
+        [..., 1] float32.
     """
     if metric == "cosine":
-        return 1.0
+        return torch.ones_like(x[..., :1, 0], dtype=torch.float32)
     return x.float().square().sum(dim=-1).masked_fill(~valid, 0).amax(dim=-1, keepdim=True)
 
 
@@ -72,7 +72,7 @@ def density_peaks_with_itself(x: Tensor, valid: Tensor, neighbours: int) -> Tens
 
 
 def _separation(
-    distance: Tensor, others: Tensor, valid: Tensor, sparsity: Tensor, farthest: Tensor, scale: float | Tensor
+    distance: Tensor, others: Tensor, valid: Tensor, sparsity: Tensor, farthest: Tensor, scale: Tensor
 ) -> Tensor:
     """Distance to the nearest denser entry, [..., L]; `farthest` separates the densest, all that are to rounding."""
     level = levels(sparsity, valid, scale)
@@ -93,7 +93,10 @@ def _distances(x: Tensor, valid: Tensor, metric: Metric) -> tuple[Tensor, Tensor
     if metric == "euclidean":
         wide = x if x.dtype == torch.float64 else x.float()
         # One way of computing for every length: a segment is treated alike in every batch.
-        return symmetric(torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist")), others
+        distance = symmetric(torch.cdist(wide, wide, compute_mode="use_mm_for_euclid_dist"))
+        # The square is a difference of squares of rows: of identical ones it leaves the rounding.
+        least = WIDEST * distance_scale(x, valid, metric)
+        return distance * (distance.square() > least.unsqueeze(-1)), others
     directions = unit(x)
     return symmetric(1 - directions @ directions.transpose(-1, -2)), others
 
