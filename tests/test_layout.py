@@ -182,6 +182,38 @@ def test_a_capped_frame_rate_leaves_windows_with_sound_only() -> None:
     assert (layout.segments("window", Modality.AUDIO).sizes > 0).all()
 
 
+@given(batches, sides)
+@many
+def test_pairs_of_grids_are_windows_that_hold_two_grids_of_a_video(samples: list[LayoutSpec], side: str) -> None:
+    layout = make_layout(*samples, padding_side=side)
+    paired = layout.by_grid_pairs()
+    for row in range(layout.batch_size):
+        video, audio = (layout.modality[row] == m for m in (Modality.VIDEO, Modality.AUDIO))
+        assert ((paired.window[row] >= 0) == (video | audio)).all()
+        moment = layout.stream[row] * 10**6 + layout.time[row]
+        begins = {}
+        for window in np.unique(paired.window[row, video]):
+            members = video & (paired.window[row] == window)
+            assert len(np.unique(layout.item[row, members])) == 1
+            frames = np.unique(layout.frame[row, members])
+            assert frames[0] % 2 == 0
+            assert (frames == frames[0] + np.arange(len(frames))).all()
+            assert len(frames) <= 2
+            begins[window] = moment[members].min()
+        for place in np.flatnonzero(audio):
+            before = [window for window, begin in begins.items() if begin <= moment[place]]
+            own = paired.window[row, place]
+            assert own == max(before) if before else own not in begins
+
+
+@given(specs, sides)
+@settings(max_examples=40, deadline=None)
+def test_pairs_of_grids_are_2_s_windows_unless_grids_are_spread_out(spec: LayoutSpec, side: str) -> None:
+    spec = replace(spec, grids_per_window=2, grid_every=1, odd_grids=False, video=True, separate_audio=False)
+    layout = make_layout(spec, padding_side=side)
+    np.testing.assert_array_equal(layout.by_grid_pairs().window, layout.window)
+
+
 def test_a_separate_audio_file_has_windows_of_its_own() -> None:
     layout = make_layout(LayoutSpec(windows=2, separate_audio=True))
     video, audio = (layout.segments("window", m).sizes for m in MEDIA)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from omnisieve import load_backbone, load_compressor, save_compressor
 from omnisieve.artifact import ArtifactError
 from omnisieve.compressors.ratios import CompressorError
-from omnisieve.layout import Modality, TokenLayout
+from omnisieve.layout import Modality, TokenLayout, TokenMap
 from omnisieve.published import INDEX_FILE, PREFIX, SINGLE_FILE, import_omnisift
 from tests.goldens.conftest import COMMITTED
 from tests.goldens.layouts import input_layout
@@ -117,18 +119,23 @@ def test_every_form_gives_the_published_selector(write: Write, tmp_path: Path) -
 def reference_keep(
     weights: Mapping[str, Tensor], embeds: Tensor, layout: TokenLayout, rates: tuple[float, float]
 ) -> Tensor:
-    """[S] bool, one sample of two grids a window: the published rules in plain steps, on a checkpoint's weights."""
+    """[S] bool, one video with its sound: the published rules in plain steps, on a checkpoint's weights."""
     w = {name.removeprefix(PREFIX): value for name, value in weights.items()}
-    modality, window, frame = (torch.from_numpy(getattr(layout, name)[0]) for name in ("modality", "window", "frame"))
+    modality, time = (torch.from_numpy(getattr(layout, name)[0]) for name in ("modality", "time"))
     keep = torch.ones(len(modality), dtype=torch.bool)
-    for number in window[modality == Modality.VIDEO].unique():
-        video, audio = ((modality == m) & (window == number) for m in (Modality.VIDEO, Modality.AUDIO))
-        first, second = (embeds[video & (frame == f)] for f in frame[video].unique())
-        dropped = int(len(first) * rates[0])
-        alike = (F.cosine_similarity(first, first.mean(0, keepdim=True)), F.cosine_similarity(second, first))
-        for number_in_window, redundancy in zip(frame[video].unique(), alike, strict=True):
-            places = (video & (frame == number_in_window)).nonzero()[:, 0]
-            keep[places[redundancy.topk(dropped).indices]] = False
+    moments = time[modality == Modality.VIDEO].unique().tolist()
+    for chunk in range(0, len(moments), 2):
+        pair, following = moments[chunk : chunk + 2], moments[chunk + 2 : chunk + 3] or [int(time.max()) + 1]
+        frames = [((modality == Modality.VIDEO) & (time == moment)).nonzero()[:, 0] for moment in pair]
+        first = embeds[frames[0]]
+        alike = [F.cosine_similarity(first, first.mean(0, keepdim=True))]
+        alike += [F.cosine_similarity(embeds[second], first) for second in frames[1:]]
+        for places, redundancy in zip(frames, alike, strict=True):
+            keep[places[redundancy.topk(int(len(first) * rates[0])).indices]] = False
+        audio = (modality == Modality.AUDIO) & (time >= pair[0]) & (time < following[0])
+        video = torch.isin(torch.arange(len(modality)), torch.cat(frames))
+        if audio.sum() < 2:
+            continue
         places = audio.nonzero()[:, 0]
         scores = reference_scores(w, embeds[video & keep], embeds[audio])
         keep[places] = False
@@ -160,17 +167,48 @@ def reference_scores(w: Mapping[str, Tensor], video: Tensor, audio: Tensor) -> T
     return F.linear(hidden, w["score_head.2.weight"], w["score_head.2.bias"])[:, 0].sigmoid()
 
 
+SPREAD_OUT = LayoutSpec(windows=7, grids_per_window=1, grid_every=2, rows=5, columns=6, audio_per_window=17)
+
+
+def late_picture(layout: TokenLayout) -> TokenLayout:
+    """The same with its video 1.6 s after its sound begins."""
+    shifted = np.where(layout.modality == Modality.VIDEO, layout.time + 40, layout.time)
+    maps = {field.name: getattr(layout, field.name)[0] for field in fields(TokenMap)} | {"time": shifted[0]}
+    return TokenLayout.stack([TokenMap(**maps)])
+
+
 @pytest.mark.parametrize(("preset", "rates"), [("omnisift/7b/code", (0.7, 0.3)), ("omnisift/7b/25", (0.77, 0.5))])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        make_layout(LayoutSpec(rows=5, columns=6, audio_per_window=17)),
+        make_layout(SPREAD_OUT),
+        make_layout(replace(SPREAD_OUT, windows=5)),
+        late_picture(make_layout(SPREAD_OUT)),
+    ],
+    ids=["two grids in a window", "a capped frame rate", "an odd number of grids", "sound before the picture"],
+)
 def test_it_selects_what_the_weights_of_the_checkpoint_select(
-    preset: str, rates: tuple[float, float], tmp_path: Path
+    preset: str, rates: tuple[float, float], layout: TokenLayout, tmp_path: Path
 ) -> None:
-    tensors = state(hidden=3584)
+    tensors = state(hidden=256)
     compressor = import_omnisift(one_file(tensors, tmp_path / "checkpoint"), preset)
-    layout = make_layout(LayoutSpec(rows=5, columns=6, audio_per_window=17))
-    embeds = torch.randn(1, layout.length, 3584, generator=torch.Generator().manual_seed(1))
+    assert compressor.settings.chunks == "pair_grids"
+    embeds = torch.randn(1, layout.length, 256, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        keep = compressor.plan(embeds, layout).keep[0]
-    assert torch.equal(keep, reference_keep(tensors, embeds[0], layout, rates))
+        plan = compressor.plan(embeds, layout)
+    assert torch.equal(plan.keep[0], reference_keep(tensors, embeds[0], layout, rates))
+    assert plan.kept[0] == plan.keep.sum()
+
+
+def test_an_older_export_keeps_its_windows(tmp_path: Path) -> None:
+    imported = import_omnisift(one_file(state(), tmp_path / "checkpoint"), chunks="windows")
+    folder = save_compressor(imported, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"].pop("chunks") == "windows"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_compressor(folder).settings.chunks == "windows"
+    assert load_compressor(folder, chunks="pair_grids").settings.chunks == "pair_grids"
 
 
 def test_it_selects_what_the_published_function_selected(tmp_path: Path) -> None:

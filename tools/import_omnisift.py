@@ -4,7 +4,8 @@
 
 CHECKPOINT is a folder of safetensors shards with model.safetensors.index.json, one .safetensors file, or a state dict
 in a .bin, .pt or .pth file. Only the tensors thinker.compressor.* are read; the LLM that was trained with them stays
-where it is. OUT is an exported compressor that selects what the published code selects.
+where it is. OUT is an exported compressor that selects what the published code selects: its `chunks` are pairs of
+grids, which the weights were trained on, and not windows of 2 s.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ planning never waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Literal
 from zlib import crc32
@@ -189,6 +189,17 @@ class TokenLayout:
             self._uploads[key] = self._segments(*pack(owner, max(groups, 1)))
         return self._uploads[key]
 
+    def by_grid_pairs(self) -> TokenLayout:
+        """The same layout whose windows are pairs of consecutive grids of a video, whatever time they span.
+
+        Audio belongs to the pair that began last before it, on its own clock or an earlier one; audio before all video
+        makes a window without video. At two grids in 2 s these are the 2-s windows.
+        """
+        key = ("grid pairs",)
+        if key not in self._uploads:
+            self._uploads[key] = replace(self, window=_grid_pairs(self), _uploads={})
+        return self._uploads[key]
+
     def cut(self, owner: np.ndarray, groups: int) -> Segments:
         """Cuts of one's own making, not kept.
 
@@ -258,6 +269,23 @@ def _windows(sample: TokenMap, ids_per_window: int) -> np.ndarray:
     key = sample.stream[media] * (chunk.max(initial=0) + 1) + chunk
     window[media] = np.unique(key, return_inverse=True)[1]
     return window
+
+
+def _grid_pairs(layout: TokenLayout) -> np.ndarray:
+    """Number of each media token's pair of grids in its sample, [B, S]; -1 for what is neither video nor audio."""
+    frames = layout.segments("frame", Modality.VIDEO)
+    opens = (frames.sizes > 0) & (layout.places(frames) % 2 == 0)
+    sample = np.arange(layout.batch_size)[:, None]
+    # Samples follow each other, and so do the clocks of their streams.
+    clock = sample * (int(layout.stream.max(initial=0)) + 1) + layout.stream
+    moment = clock * (int(layout.time.max(initial=0)) + 1) + layout.time
+    begun = np.searchsorted(moment[sample, frames.first][opens], moment, side="right")
+    earlier = np.cumsum(opens.sum(axis=1)) - opens.sum(axis=1)
+    number = begun - earlier[:, None]
+    media = np.isin(layout.modality, MEDIA)
+    # Counted from 0, which is 1 pair begun unless something sounds before all video.
+    least = np.where(media, number, number.max(initial=0)).min(axis=1, keepdims=True)
+    return np.where(media, number - least, -1)
 
 
 def _previous_frame_token(layout: TokenLayout, within: str) -> np.ndarray:

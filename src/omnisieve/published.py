@@ -26,7 +26,12 @@ PREFIX = "thinker.compressor."
 OMNISIFT_PRESET = "omnisift/7b/code"
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth")
-_PUBLISHED = {"video_pruner": "similarity", "score_norm": "none", "rounding": "official"}
+_PUBLISHED = {
+    "video_pruner": "similarity",
+    "score_norm": "none",
+    "rounding": "official",
+    "chunks": "pair_grids",
+}
 _PROJECTIONS = ("v_proj.weight", "a_proj.weight")
 
 Load = Callable[[], Tensor]
@@ -53,7 +58,7 @@ def import_omnisift(checkpoint: str | Path, preset: str = OMNISIFT_PRESET, **set
     path = Path(checkpoint)
     tensors = tensors_of(path)
     weights = _compressor_weights(tensors, path)
-    values = find_preset(preset).with_changes(_PUBLISHED | settings)
+    values = find_preset(preset).of("omnisift", _PUBLISHED | settings)
     compressor = build_compressor("omnisift", hidden_size=_hidden_size(weights, path), **values)
     assert isinstance(compressor, OmniSift)  # its name says so
     expected = {PREFIX + name: value for name, value in compressor.selector.state_dict().items()}

@@ -32,7 +32,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "omnisift": [
         {"video_pruner": "learned", "width": 32, "heads": 4, "pruner_channels": 8},
         {"video_pruner": "similarity", "width": 32, "heads": 4, "pruner_channels": 8},
-        {"base": "omnizip", "width": 32, "heads": 4, "pruner_channels": 8},
+        {"base": "omnizip", "chunks": "pair_grids", "width": 32, "heads": 4, "pruner_channels": 8},
     ],
     "omnizip": [
         {},
@@ -59,6 +59,7 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("fastvid", {"scenes": 1, "scene_similarity": -1.0}),
     ("fastvid", {"variant": "qwen", "scene_similarity": -1.0}),
     ("omnisift", VARIANTS["omnisift"][1]),
+    ("omnisift", VARIANTS["omnisift"][1] | {"chunks": "pair_grids"}),
     ("omnizip", {}),
     ("omnizip", {"variant": "units"}),
     ("omnizip", {"variant": "paper"}),
@@ -159,17 +160,19 @@ Sample = str | LayoutSpec  # a name is one of `LAYOUTS`
 class Batch:
     """Layout, embeddings and statistics of some samples; what a sample holds does not depend on its neighbours."""
 
-    def __init__(self, samples: Sequence[Sample], padding_side: str = "right", family: str = QWEN2_5) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], padding_side: str = "right", family: str = QWEN2_5, width: int = HIDDEN
+    ) -> None:
         specs = [LAYOUTS[sample] if isinstance(sample, str) else sample for sample in samples]
         self.layout: TokenLayout = make_layout(*specs, padding_side=padding_side, family=family)
-        self.embeds = torch.full((len(specs), self.layout.length, HIDDEN), 1e3)
+        self.embeds = torch.full((len(specs), self.layout.length, width), 1e3)
         self._attention = torch.full((len(specs), self.layout.length), 1e3)
         self._keys = torch.full((len(specs), self.layout.length, HEAD), 1e3)
         self.present = torch.from_numpy(self.layout.modality > 0)
         for row, spec in enumerate(specs):
             generator = torch.Generator().manual_seed(crc32(repr(spec).encode()))
             size = int(self.present[row].sum())
-            self.embeds[row, self.present[row]] = torch.randn(size, HIDDEN, generator=generator)
+            self.embeds[row, self.present[row]] = torch.randn(size, width, generator=generator)
             self._attention[row, self.present[row]] = torch.rand(size, generator=generator) + 0.1
             self._keys[row, self.present[row]] = torch.randn(size, HEAD, generator=generator)
 

@@ -27,7 +27,7 @@ def test_every_preset_builds(preset: Preset) -> None:
         hidden_size = 16 if compressor_type(method).learned else None
         compressor = build_compressor(method, preset=preset.name, hidden_size=hidden_size)
         assert compressor.name == method
-        for name, value in preset.settings.items():
+        for name, value in {**preset.settings, **preset.own.get(method, {})}.items():
             assert getattr(compressor.settings, name) == value
 
 
@@ -80,6 +80,15 @@ def test_clips_of_the_source_keep_the_total(preset: Preset) -> None:
         for modality in MEDIA:
             asked = preset.settings[f"{modality.name.lower()}_ratio"]
             assert budget.of(modality)[0] / layout.counts(modality)[0] == pytest.approx(asked, abs=0.01), method
+
+
+@pytest.mark.parametrize("name", [n for n in list_presets() if "fastv" in str(find_preset(n).methods)])
+def test_fastv_prunes_after_the_second_layer_on_both_backbones(name: str) -> None:
+    """SEATS, section B.2; the depth alone would make it the third of 48."""
+    preset = find_preset(name)
+    for method in set(preset.methods) & {"fastv", "fastv_om"}:
+        compressor = build_compressor(method, preset=name).for_depth(48 if "30B" in preset.backbone else 28)
+        assert [cut.after for cut in compressor.cuts()] == [1]
 
 
 def test_given_fields_win() -> None:

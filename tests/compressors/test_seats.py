@@ -193,8 +193,7 @@ def test_top_down_selection_meets_both_totals(seed: int, video: float, audio: fl
     there = torch.stack([(alive & layout.mask(m)).sum(dim=1) for m in MEDIA], dim=1)
     kept = (there * torch.tensor([video, audio])).long()
     scores = torch.rand(alive.shape, generator=generator)
-    windows = tuple(layout.segments("window", m) for m in MEDIA)
-    keep = select_top_down(scores, alive, layout, windows, kept, tau=tau, official=False)
+    keep = select_top_down(scores, alive, layout, kept, tau=tau, official=False)
     assert not (keep & ~alive).any()
     for column, modality in enumerate(MEDIA):
         assert torch.equal((keep & layout.mask(modality)).sum(dim=1), kept[:, column])

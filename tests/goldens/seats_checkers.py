@@ -55,9 +55,7 @@ def top_down(v: Vectors, layout: TokenLayout, tau: float) -> torch.Tensor:
     media = layout.mask(*MEDIA)
     ratios = (v.given("video_keep_ratio"), v.given("audio_keep_ratio"))
     kept = [max(1, round(ratio * int(layout.counts(m)[0]))) for m, ratio in zip(MEDIA, ratios, strict=True)]
-    video, audio = (layout.segments("run", modality) for modality in MEDIA)
-    scores = v.given("scores")[None]
-    keep = select_top_down(scores, media, layout, (video, audio), torch.tensor([kept]), tau=tau, official=True)
+    keep = select_top_down(v.given("scores")[None], media, layout, torch.tensor([kept]), tau=tau, official=True)
     return (keep | ~media)[0]
 
 

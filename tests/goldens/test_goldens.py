@@ -14,6 +14,8 @@ from tests.goldens import (  # noqa: F401  register their checkers
     frame_checkers,
     inner_checkers,
     merging_checkers,
+    plain,
+    plain_checkers,
     seats_checkers,
 )
 from tests.goldens.checkers import CHECKERS, Checker
@@ -81,6 +83,18 @@ def perturbed(array: np.ndarray) -> np.ndarray:
     else:
         entry[middle] += 1
     return copy.reshape(array.shape)
+
+
+def test_plain_files_are_what_their_generator_makes() -> None:
+    made = dict(plain.files())
+    assert {path.name for path in vector_files(COMMITTED) if "plain" in path.name} == set(made)
+    for name, values in made.items():
+        expected, committed = ({k: np.asarray(v) for k, v in x.items()} for x in (values, load(COMMITTED / name)))
+        assert expected.keys() == committed.keys()
+        for key, value in expected.items():
+            np.testing.assert_allclose(committed[key], value, err_msg=key) if value.dtype.kind == "f" else (
+                np.testing.assert_array_equal(committed[key], value, err_msg=key)
+            )
 
 
 @pytest.mark.parametrize("path", one_per_checker(), ids=lambda path: path.stem)

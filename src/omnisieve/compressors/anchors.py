@@ -22,9 +22,10 @@ from omnisieve.compressors.base import Budget, Compressor, CompressorError, Need
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import relative_to_window
 from omnisieve.layout import Modality, SegmentKind, Segments, TokenLayout
+from omnisieve.ops.budget import round_product
 from omnisieve.ops.merge import merge_into_anchors, spaced_anchors
 from omnisieve.ops.similarity import unit
-from omnisieve.ops.topk import tiered, topk_mask
+from omnisieve.ops.topk import Scale, tiered, topk_mask
 from omnisieve.ops.waterfill import round_to_total, water_fill
 from omnisieve.plan import Merge
 
@@ -133,34 +134,34 @@ class AnchoredAudio(Compressor):
     def audio_counts(self, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
         """Best-scored tokens and anchors per sample, [B] each."""
         s, size = self.settings, layout.counts(Modality.AUDIO)
-        anchors = np.rint(s.contextual_ratio * size).astype(np.int64) * (s.merge_group > 0 or self.keeps_bare_anchors)
+        anchors = round_product(size, s.contextual_ratio) * (s.merge_group > 0 or self.keeps_bare_anchors)
         if self.official:
             # As published, binary fractions included.
-            best = np.rint((1.0 - drop_share(self.ratio_of(Modality.AUDIO))) * size).astype(np.int64)
+            best = round_product(size, 1.0 - drop_share(self.ratio_of(Modality.AUDIO)))
             return best, np.minimum(anchors, size - best)
         total = self.asked(layout).audio
         # Anchors never take more than half of what is kept.
         anchors = np.minimum(np.minimum(anchors, size - total), total // 2)
         return total - anchors, anchors
 
-    def choose_audio(self, scores: Tensor, layout: TokenLayout) -> KeptAudio:
-        """The best-scored audio tokens, and anchors among the rest."""
+    def choose_audio(self, scores: Tensor, layout: TokenLayout, scale: Scale = 0.0) -> KeptAudio:
+        """The best-scored audio tokens, and anchors among the rest; `scale` as of `Ranked`."""
         best_count, anchor_count = self.audio_counts(layout)
         whole = layout.segments("all", Modality.AUDIO)
         counts = torch.from_numpy(best_count[:, None]).to(scores.device, non_blocking=True)
-        best = whole.scatter(topk_mask(whole.gather(scores), whole.valid, counts), False)
+        best = whole.scatter(topk_mask(whole.gather(scores), whole.valid, counts, scale), False)
         if not anchor_count.any():
             return KeptAudio(best, torch.zeros_like(best))
         rest = layout.mask(Modality.AUDIO) & ~best
         return KeptAudio(best, spaced_anchors(rest, layout.counts(Modality.AUDIO) - best_count, anchor_count))
 
-    def rank_audio(self, kept: KeptAudio, scores: Tensor, layout: TokenLayout) -> Ranked:
-        """The best, then anchors, then the rest; each of them by score."""
+    def rank_audio(self, kept: KeptAudio, scores: Tensor, layout: TokenLayout, scale: Scale = 0.0) -> Ranked:
+        """The best, then anchors, then the rest; each of them by score. See `choose_audio`."""
         whole = layout.segments("all", Modality.AUDIO)
         counts = torch.from_numpy(np.sum(self.audio_counts(layout), axis=0)[:, None])
         tier = whole.gather(2 * kept.best.long() + kept.anchors.long())
-        order = whole.scatter(tiered(tier, whole.gather(scores), whole.valid), 0.0)
-        return Ranked(whole, counts.to(scores.device, non_blocking=True), order)
+        order = whole.scatter(tiered(tier, whole.gather(scores), whole.valid, scale), 0.0)
+        return Ranked(whole, counts.to(scores.device, non_blocking=True), order, None)
 
     def merge_audio(self, kept: KeptAudio, embeds: Tensor, layout: TokenLayout) -> Merge | None:
         """What is merged into the anchors."""

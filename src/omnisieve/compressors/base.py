@@ -33,6 +33,7 @@ from omnisieve.compressors.ratios import (
 from omnisieve.compressors.ratios import UnreachableRatioError as UnreachableRatioError
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
 from omnisieve.ops.budget import floor_product, largest_remainder
+from omnisieve.ops.topk import Scale
 from omnisieve.plan import Merge, Plan
 
 
@@ -179,16 +180,17 @@ class Compressor(Pretrained, nn.Module):
         """The segments whose budgets are separate."""
         return layout.segments(self.segment_kinds[modality], modality)
 
-    def ranked(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Ranked:
+    def ranked(self, modality: Modality, scores: Tensor, layout: TokenLayout, scale: Scale = 0.0) -> Ranked:
         """Tokens by score, and as many of each segment as the budget gives it.
 
         Args:
             modality: video or audio.
             scores: [B, S].
             layout: of the batch.
+            scale: see `Ranked`.
         """
         counts = torch.from_numpy(self.counts_of(modality, layout)).to(scores.device, non_blocking=True)
-        return Ranked(self.segments_of(modality, layout), counts, scores)
+        return Ranked(self.segments_of(modality, layout), counts, scores, scale)
 
     def select(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Tensor:
         """[B, S] bool: what `ranked` keeps."""
@@ -285,7 +287,7 @@ def build_compressor(
     """
     cls = compressor_type(name)
     if preset is not None:
-        values = find_preset(preset).with_changes(values)
+        values = find_preset(preset).of(name, values)
     settings = make_settings(cls.settings_type, values, name)
     if not cls.learned:
         return cls(settings)

@@ -8,6 +8,7 @@
 
 `rounding="official"` reproduces the published functions: segments end at shares of the video's tokens, a frame is
 half a grid counted from there, what does not fill a frame is dropped, and nothing makes the rates meet the budget.
+Tokens are counted and no window is cut, so that it means the same at every frame rate and in every model.
 `rounding="exact"`, the default, differs in this:
 
 - a frame is a grid and belongs to the segment that sounds in its middle, on the same clock; without sound to the
@@ -87,7 +88,7 @@ class Dash(AnchoredAudio):
         """Cut and select audio, then select video by its segments. See `Compressor.plan`."""
         cuts = self.audio_cuts(embeds, layout)
         scores = self._audio_scores(embeds, self.attention(needs, layout), cuts, layout)
-        audio = self.choose_audio(scores, layout)
+        audio = self.choose_audio(scores, layout, 1.0)
         retention = cuts.retention(audio.mask)
         if self.official:
             keep_video = self._published_video(embeds, cuts, retention, layout)
@@ -102,9 +103,9 @@ class Dash(AnchoredAudio):
             raise CompressorError("dash: published frames do not hold every token, so they give no order of all")
         cuts = self.audio_cuts(embeds, layout)
         scores = self._audio_scores(embeds, self.attention(needs, layout), cuts, layout)
-        audio = self.choose_audio(scores, layout)
+        audio = self.choose_audio(scores, layout, 1.0)
         video = self._rank_video(embeds, cuts, cuts.retention(audio.mask), layout)
-        return video, self.rank_audio(audio, scores, layout)
+        return video, self.rank_audio(audio, scores, layout, 1.0)
 
     def audio_cuts(self, embeds: Tensor, layout: TokenLayout) -> AudioCuts:
         """Cuts of the audio, from embeddings [B, S, D]."""
@@ -148,4 +149,4 @@ class Dash(AnchoredAudio):
         tokens = frames.gather(embeds)
         spatial = isolation(tokens, frames.valid, self.settings.neighbours)
         scores = alternating_saliency(tokens, spatial, odd.unsqueeze(-1))
-        return Ranked(frames, counts, frames.scatter(scores, 0.0))
+        return Ranked(frames, counts, frames.scatter(scores, 0.0), 1.0)

@@ -4,7 +4,8 @@ Greedy max-min selection in cosine distance (DivPrune, arXiv 2503.02175), in the
 describes: video per temporal grid, audio per window, on embeddings after the projectors. The published code selects
 one picture at a time and may pick a duplicate twice; ours handles all segments together and never does.
 `divprune_om` prunes both modalities; `divprune` leaves audio whole unless `audio_ratio` says otherwise.
-`rounding="official"` keeps round(ratio * n) of a segment.
+`rounding="official"` keeps round(ratio * n) of a segment. Windows last 2 s by time under either rounding: the
+adaptation has no published code that would cut them otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from omnisieve.compressors.base import Compressor, Needs, register
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.layout import MEDIA, Modality, SegmentKind, TokenLayout
-from omnisieve.ops.budget import round_count
+from omnisieve.ops.budget import round_product
 from omnisieve.ops.diversity import maxmin_mask, maxmin_rank
 from omnisieve.plan import Plan
 
@@ -40,8 +41,8 @@ class DivPruneOm(Compressor):
         return self._in_order(Modality.VIDEO, embeds, layout), self._in_order(Modality.AUDIO, embeds, layout)
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
-        """round(ratio * n), halves to even."""
-        return round_count(sizes * self.shares_of(modality, layout))
+        """round(ratio * n), halves to even, binary fractions included."""
+        return round_product(sizes, self.shares_of(modality, layout))
 
     def _diverse(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Tensor:
         segments, counts = self.segments_of(modality, layout), self.counts_of(modality, layout)
@@ -52,7 +53,7 @@ class DivPruneOm(Compressor):
     def _in_order(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Ranked:
         segments = self.segments_of(modality, layout)
         picked = maxmin_rank(segments.gather(embeds), segments.valid)
-        return self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout)
+        return self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout, None)
 
 
 @register("divprune")

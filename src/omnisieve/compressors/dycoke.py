@@ -9,7 +9,8 @@ audio as frames, tokens at the same offset being compared.
 `rounding="official"` reproduces the published function: a pruned frame keeps int((1 - k) n) tokens of n, where
 (1 + 3 (1 - k)) / 4 is the asked share; the third frame of the last group stays whole and an odd last frame goes
 entirely (a frame that is all there is stays; the published function fails on it). `rounding="exact"` treats the last
-group like the others. Dropping in the KV cache while decoding is not part of it.
+group like the others. Groups are four grids whatever time they span, and windows of audio 2 s by time, under either
+rounding. Dropping in the KV cache while decoding is not part of it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class DyCokeVa(Compressor):
 
     def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
         """Every fourth frame whole, and of the others first what changes. See `Compressor.rank`."""
-        video, audio = (self.ranked(m, self.scores_of(m, embeds, layout), layout) for m in MEDIA)
+        video, audio = (self.ranked(m, self.scores_of(m, embeds, layout), layout, 1.0) for m in MEDIA)
         return video, audio
 
     def scores_of(self, modality: Modality, embeds: Tensor, layout: TokenLayout) -> Tensor:

@@ -6,7 +6,9 @@ The score is the attention of layer K, counted from 1, from the last text token,
 keeps (R L - K) / (L - K); where this leaves nothing R is unreachable.
 
 The published in-place code has no KV cache, and SEATS scores with layer K applied to its own output, which is nobody's
-attention: `score: seats_post_layer`. `rounding="official"` keeps max(1, round(ratio * n)).
+attention: `score: seats_post_layer`. `rounding="official"` keeps max(1, round(ratio * n)). Of `fastv` it truncates the
+total behind the cut before the share of the video is solved from it; a video that would fall below a twentieth stays
+there, and audio is dropped at random for the rest.
 """
 
 from __future__ import annotations
@@ -18,11 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnisieve.compressors.base import register
+from omnisieve.compressors.base import Compressor, register
 from omnisieve.compressors.inner import PUBLISHED_DEPTH, Cut, InnerCompressor, InnerSettings, ScoreAt, keep_best
-from omnisieve.compressors.ratios import RATIOS, Budget, CompressorError, UnreachableRatioError, asked_budget
+from omnisieve.compressors.random import random_scores
+from omnisieve.compressors.ratios import (
+    PUBLISHED_VIDEO_FLOOR,
+    RATIOS,
+    Budget,
+    CompressorError,
+    UnreachableRatioError,
+    asked_budget,
+    intact_shares,
+)
 from omnisieve.layout import MEDIA, Modality, TokenLayout
-from omnisieve.ops.budget import largest_remainder, round_count
+from omnisieve.ops.budget import largest_remainder, round_count, round_product
 
 PUBLISHED_K = 2
 
@@ -47,6 +58,17 @@ class FastvSettings(InnerSettings):
             raise CompressorError(f"fastv: k is {self.k}; at least one layer must see every token")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FastvIntactSettings(FastvSettings):
+    """Settings of FastV with intact audio.
+
+    Attributes:
+        seed: of the audio that has to go under official rounding.
+    """
+
+    seed: int = 0
+
+
 @register("fastv_om")
 class FastvOm(InnerCompressor):
     """See the module's docstring; settings in `FastvSettings`."""
@@ -67,10 +89,19 @@ class FastvOm(InnerCompressor):
         """Of each modality the best. See `InnerCompressor.keep_after`."""
         after = self._after(layout)
         best = [
-            keep_best(scores, alive, layout.segments("all", modality), after.of(modality)[:, None])
+            keep_best(
+                self.order_of(modality, scores, layout),
+                alive,
+                layout.segments("all", modality),
+                after.of(modality)[:, None],
+            )
             for modality in MEDIA
         ]
         return torch.stack(best).any(dim=0)
+
+    def order_of(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Tensor:
+        """What the tokens of a modality are ranked by, [B, S]: their scores."""
+        return scores
 
     def first_fields(self) -> dict[str, Any]:
         """A first stage keeps the square root of each ratio: halfway, by factors."""
@@ -83,12 +114,13 @@ class FastvOm(InnerCompressor):
         Raises:
             UnreachableRatioError: nothing would be left.
         """
-        full = self._full_layers() / self.num_layers
-        converted = (ratio - full * (1.0 if self.settings.first is None else ratio**0.5)) / (1 - full)
+        full, layers = self._full_layers(), self.num_layers
+        # In the order of the published code: what it makes of half a token depends on it.
+        converted = (ratio * layers - full * (1.0 if self.settings.first is None else ratio**0.5)) / (layers - full)
         if converted <= 0:
             raise UnreachableRatioError(
-                f"{self.name}: ratio {ratio:g} is a mean over {self.num_layers} layers, of which "
-                f"{self._full_layers()} process all that enters the LLM; reachable are ratios above "
+                f"{self.name}: ratio {ratio:g} is a mean over {layers} layers, of which "
+                f"{full} process all that enters the LLM; reachable are ratios above "
                 f"{self.mean(0.0):.4f}, up to 1"
             )
         return min(converted, 1.0)
@@ -108,8 +140,8 @@ class FastvOm(InnerCompressor):
         return Budget(video, audio, first.exact)
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
-        """max(1, round(ratio * n)), halves to even."""
-        return np.maximum(round_count(sizes * self.shares_of(modality, layout)), np.minimum(sizes, 1))
+        """max(1, round(ratio * n)), halves to even, binary fractions included."""
+        return np.maximum(round_product(sizes, self.shares_of(modality, layout)), np.minimum(sizes, 1))
 
     def _full_layers(self) -> int:
         """K."""
@@ -125,14 +157,19 @@ class FastvOm(InnerCompressor):
     def _after(self, layout: TokenLayout) -> Budget:
         """What the cut leaves of each modality."""
         kept = self.at(**{name: self.behind(ratio) for name, ratio in self._ratios().items()})
-        self._check(asked_budget(kept.settings, layout, self.audio_intact), layout)
+        self.check_cut(kept, layout)
         first = self.first.budget(layout)
         video, audio = (np.minimum(kept.counts_of(m, layout).sum(axis=1), first.of(m)) for m in MEDIA)
         return Budget(video, audio, first.exact)
 
-    def _check(self, asked: Budget, layout: TokenLayout) -> None:
-        """Refuse a total that one modality cannot meet beside what the other keeps."""
-        modality = self._solved
+    def check_cut(self, twin: Compressor, layout: TokenLayout) -> None:
+        """Refuse a total that one modality cannot meet beside what the other keeps.
+
+        Args:
+            twin: this method at the ratios behind the cut.
+            layout: of the batch.
+        """
+        modality, asked = self._solved, asked_budget(twin.settings, layout, self.audio_intact)
         if modality is None:
             return
         kept, most, rest = asked.of(modality), layout.counts(modality), asked.total - asked.of(modality)
@@ -151,6 +188,29 @@ class FastvOm(InnerCompressor):
 
 @register("fastv")
 class FastV(FastvOm):
-    """See the module's docstring; settings in `FastvSettings`."""
+    """See the module's docstring; settings in `FastvIntactSettings`."""
 
+    settings: FastvIntactSettings
+    settings_type = FastvIntactSettings
     audio_intact = True
+
+    def order_of(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Tensor:
+        """See `FastvOm.order_of`; published code drops audio at random."""
+        chance = modality == Modality.AUDIO and self.settings.rounding == "official"
+        return random_scores(layout, self.settings.seed) if chance else scores
+
+    def shares_of(self, modality: Modality, layout: TokenLayout) -> np.ndarray:
+        """See `Compressor.shares_of`."""
+        if not self._published_total:
+            return super().shares_of(modality, layout)
+        return intact_shares(self.ratio_of(Modality.VIDEO), layout, PUBLISHED_VIDEO_FLOOR)[modality]
+
+    def check_cut(self, twin: Compressor, layout: TokenLayout) -> None:
+        """See `FastvOm.check_cut`; a published total is met as far as it goes."""
+        if not self._published_total:
+            super().check_cut(twin, layout)
+
+    @property
+    def _published_total(self) -> bool:
+        """Whether the share of the video is solved as published."""
+        return self.settings.rounding == "official" and set(self._ratios()) == {"retained_ratio"}

@@ -32,7 +32,7 @@ from omnisieve.compressors.base import Budget, Compressor, CompressorError, Need
 from omnisieve.compressors.random import random_scores
 from omnisieve.layout import Modality, SegmentKind, Segments, TokenLayout
 from omnisieve.ops.budget import floor_product
-from omnisieve.ops.clustering import best_of_group, density_peaks_with_itself
+from omnisieve.ops.clustering import best_of_group, density_peaks_with_itself, distance_scale
 from omnisieve.ops.groups import group_sum, rank_in_group, share_in_turns
 from omnisieve.ops.merge import merge_into_targets
 from omnisieve.ops.similarity import cosine, segment_mean
@@ -127,7 +127,8 @@ class FastVid(Compressor):
         salient_counts, context_counts = self.split(scenes, frames, layout)
         salient = topk_mask(frames.gather(saliency), frames.valid, salient_counts)
         rest = frames.valid & ~salient
-        targets = topk_mask(density_peaks_with_itself(tokens, rest, NEIGHBOURS), rest, context_counts)
+        peaks, scale = density_peaks_with_itself(tokens, rest, NEIGHBOURS), distance_scale(tokens, rest, "euclidean")
+        targets = topk_mask(peaks, rest, context_counts, scale / tokens.shape[-1])
         audio = self.select(Modality.AUDIO, random_scores(layout, self.settings.seed), layout)
         keep = frames.scatter(salient | targets, False) | audio
         merge = self._merge(tokens, rest, targets, scenes, frames, layout)
@@ -151,7 +152,7 @@ class FastVid(Compressor):
         )
         mean = segment_mean(tokens, frames.valid)
         likeness = torch.nn.functional.pad(cosine(mean[:, :-1], mean[:, 1:]), (0, 1))
-        changes = best_of_group(-likeness, torch.where(followed, item, count), count, s.scenes - 1)
+        changes = best_of_group(-likeness, torch.where(followed, item, count), count, s.scenes - 1, 1.0)
         last = ~followed | changes | (likeness < self._threshold)
 
         scene = torch.nn.functional.pad(last[:, :-1], (1, 0)).cumsum(dim=-1).masked_fill(~present, count)

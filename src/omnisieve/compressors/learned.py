@@ -114,9 +114,9 @@ class LearnedCompressor(Compressor):
     def refined(self, modality: Modality, logits: Tensor, layout: TokenLayout, start: Ranked | None) -> Ranked:
         """Tokens by logits [B, S], which are added to the order of the base if there is one."""
         if start is None:
-            return self.ranked(modality, logits, layout)
+            return self.ranked(modality, logits, layout, 1.0)
         # Single precision holds every place of a long segment, which half precision does not.
-        return replace(start, scores=start.even_scores() + logits.float())
+        return replace(start, scores=start.even_scores() + logits.float(), scale=1.0)
 
 
 def begin_at_zero(layer: nn.Module) -> None:

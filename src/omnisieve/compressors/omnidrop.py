@@ -14,7 +14,8 @@ it, and p_init is 0 or, where less than 0.6 of what enters the LLM is to stay on
 the paper's shares as long as the schedule need not be steeper than the steepest published one (p_final 0.5) nor has
 less than a fifth to prune; beyond, both shares shrink or grow with the ratio.
 `rounding="official"`: the paper's shares, p_init and p_final as given, and floor(n p_l) of n tokens pruned; the mean
-over layers then follows from these. The paper's own settings retain 28.8 and 20.6 % where it says 30 and 20.
+over layers then follows from these. The paper's own settings retain 28.8 and 20.6 % where it says 30 and 20. Windows,
+in which distances are counted, last 2 s by time under either rounding.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from omnisieve.compressors.layer_schedules import TINY, ProgressivePruning
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import relative_to_window
 from omnisieve.layout import Modality, SegmentKind, TokenLayout
-from omnisieve.ops.budget import largest_remainder, round_to_sum
+from omnisieve.ops.budget import largest_remainder, round_product, round_to_sum
 from omnisieve.ops.similarity import cosine_to_mean
-from omnisieve.ops.topk import descending_rank, topk_mask
+from omnisieve.ops.topk import descending_rank, settled, topk_mask
 
 PUBLISHED_SHARES = {Modality.VIDEO: 0.4, Modality.AUDIO: 0.7}
 PUBLISHED_ENTRY = (0.4 * 288 + 0.7 * 50) / 338
@@ -129,7 +130,7 @@ class IntraModality(DyCokeVa):
         spatial = frames.scatter(1 - cosine_to_mean(frames.gather(embeds), frames.valid), 0.0)
         whole = frames.scatter(whole.unsqueeze(-1).expand_as(frames.valid), False)
         video = torch.where(whole, spatial, self.scores_of(Modality.VIDEO, embeds, layout))
-        return self.ranked(Modality.VIDEO, video, layout), self.ranked(Modality.AUDIO, audio, layout)
+        return self.ranked(Modality.VIDEO, video, layout, 1.0), self.ranked(Modality.AUDIO, audio, layout)
 
     def least(self, modality: Modality, layout: TokenLayout) -> np.ndarray:
         """Nothing under exact rounding."""
@@ -147,7 +148,7 @@ class IntraModality(DyCokeVa):
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """Of audio round(ratio * n), halves to even."""
         if modality == Modality.AUDIO:
-            return np.rint(self.ratio_of(modality) * sizes).astype(np.int64)
+            return round_product(sizes, self.ratio_of(modality))
         return super().official_counts(modality, layout, sizes)
 
 
@@ -213,27 +214,27 @@ class OmniDrop(InnerCompressor):
         s, l_div = self.settings, self.settings.l_div
         if l_div is None:
             l_div = PUBLISHED_L_DIV.get(self.num_layers, self.num_layers // 2)
+        scores = settled(scores, alive)
         if cut >= l_div and s.lambda_div > 0:
             scores = self._spare_the_distant(scores, alive, alive.sum(dim=1) - kept, layout)
-        return topk_mask(scores, alive, kept)
+        return topk_mask(scores, alive, kept, None)
 
     def _spare_the_distant(self, scores: Tensor, alive: Tensor, pruned: Tensor, layout: TokenLayout) -> Tensor:
         """Scores of the candidates with their distance to the most attended window; others are out of danger, [B, S].
 
         Args:
-            scores: [B, S].
+            scores: [B, S], -inf where no token is left.
             alive: [B, S] bool.
             pruned: [B] long, how many go; twice as many are candidates.
             layout: of the whole sequence.
         """
-        rank = descending_rank(scores, alive)
+        rank = descending_rank(scores, alive, None)
         safe = rank < (alive.sum(dim=1) - 2 * pruned).unsqueeze(-1)
-        best = scores.masked_fill(~alive, -torch.inf)
         window = layout.derived(("window",), lambda: layout.window)
-        distance = (window - window.gather(1, best.argmax(dim=1, keepdim=True))).abs()
+        distance = (window - window.gather(1, scores.argmax(dim=1, keepdim=True))).abs()
         last = window.amax(dim=1, keepdim=True).clamp(min=1)
         if self.settings.normalize == "max":
-            scores = scores / best.amax(dim=1, keepdim=True).clamp(min=1e-30)
+            scores = scores / scores.amax(dim=1, keepdim=True).clamp(min=1e-30)
         return (scores.double() + self.settings.lambda_div * distance / last).masked_fill(safe, torch.inf)
 
     def _ends(self, entering: np.ndarray, asked: np.ndarray, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:

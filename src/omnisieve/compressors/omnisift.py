@@ -11,8 +11,10 @@ With a `base` it starts as a training-free method instead (`compressors.learned`
 then give the differences to the base's order. The similarity pruner stays what it is, and only audio has the base.
 
 Where the published code differs from the paper: the residual of the selector lives in the projected, normalised
-space (code); counts are n - floor(n * dropped) (code; `rounding="official"`). Where we differ from both: windows are
-cut by time, not by pairs of grids; all windows of all samples are scored in one call; audio without video works.
+space (code); counts are n - floor(n * dropped) (code; `rounding="official"`); chunks are pairs of consecutive grids
+(code; `chunks="pair_grids"`), which are the paper's 2-s windows unless a frame cap spreads the grids out. Official
+rounding keeps audio whole that sounds before the first pair. Where we differ from both: a pair never joins two videos;
+all windows of all samples are scored in one call; audio without video works.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +31,7 @@ from omnisieve.compressors.base import CompressorError, Needs, register
 from omnisieve.compressors.learned import LearnedCompressor, LearnedSettings, begin_at_zero
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import previous_frame_change, spatiotemporal_saliency
-from omnisieve.layout import Modality, SegmentKind, TokenLayout
+from omnisieve.layout import Modality, SegmentKind, Segments, TokenLayout
 from omnisieve.ops.estimators import straight_through
 from omnisieve.ops.similarity import segment_mean
 from omnisieve.plan import Plan
@@ -41,6 +44,8 @@ class OmniSiftSettings(LearnedSettings):
     Attributes:
         video_pruner: "learned", or "similarity" (published, no parameters).
         audio_selector: "vision_guided" (published).
+        chunks: within what audio attends to video, and a frame is compared with the one before: "windows" of 2 s, or
+            "pair_grids", two consecutive grids of a video, as the published code cuts (imported weights have it).
         width: hidden width of the selector (512 in the paper); also of what the learned pruner sees.
         heads: attention heads of the selector (8).
         pruner_channels: channels of the learned pruner's CNN.
@@ -52,6 +57,7 @@ class OmniSiftSettings(LearnedSettings):
 
     video_pruner: Literal["learned", "similarity"] = "learned"
     audio_selector: Literal["vision_guided"] = "vision_guided"
+    chunks: Literal["windows", "pair_grids"] = "windows"
     width: int = 512
     heads: int = 8
     pruner_channels: int = 64
@@ -63,6 +69,7 @@ class OmniSiftSettings(LearnedSettings):
         choices = {
             "video_pruner": ("learned", "similarity"),
             "audio_selector": ("vision_guided",),
+            "chunks": ("windows", "pair_grids"),
             "temporal_span": ("window", "item"),
             "score_norm": ("window", "none"),
         }
@@ -183,6 +190,17 @@ class OmniSift(LearnedCompressor):
             if self.pruner is not None:
                 self.pruner.begin_at_zero()
 
+    def segments_of(self, modality: Modality, layout: TokenLayout) -> Segments:
+        """Frames of video, and chunks of audio."""
+        return super().segments_of(modality, self._chunked(layout))
+
+    def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
+        """n - int(n * (1 - ratio)); audio that no pair of grids holds stays."""
+        counts = super().official_counts(modality, layout, sizes)
+        if modality == Modality.VIDEO or self.settings.chunks == "windows":
+            return counts
+        return np.where(self._chunked(layout).segments("window", Modality.VIDEO).sizes > 0, counts, sizes)
+
     def plan(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> Plan:
         """Prune video, then select audio by what is left of the video. See `Compressor.plan`."""
         video, audio = self.rank(embeds, layout, needs)
@@ -198,20 +216,21 @@ class OmniSift(LearnedCompressor):
     def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
         """By logits, through which gradients flow. See `Compressor.rank`."""
         base_video, base_audio = self.base_order(embeds, layout, needs)
+        chunked = self._chunked(layout)
         # A weight that is read by name would be fetched from all ranks under ZeRO-3.
         embeds = embeds.to(next(self.selector.parameters()).dtype)
         projected = self.selector.project_video(embeds)
         if self.pruner is None:
-            video = self.ranked(Modality.VIDEO, spatiotemporal_saliency(embeds, layout), layout)
+            video = self.ranked(Modality.VIDEO, spatiotemporal_saliency(embeds, chunked), layout, 1.0)
         else:
-            change, has_previous = previous_frame_change(embeds, layout, self.settings.temporal_span)
+            change, has_previous = previous_frame_change(embeds, chunked, self.settings.temporal_span)
             logits = self.pruner(projected, change, has_previous, layout)
             video = self.refined(Modality.VIDEO, logits, layout, base_video)
-        logits = self._audio_logits(embeds, projected, video.keep(), layout)
+        logits = self._audio_logits(embeds, projected, video.keep(), chunked)
         return video, self.refined(Modality.AUDIO, logits, layout, base_audio)
 
     def _audio_logits(self, embeds: Tensor, projected: Tensor, keep_video: Tensor, layout: TokenLayout) -> Tensor:
-        """[B, S]; all windows of all samples in one call of the selector."""
+        """[B, S]; all windows of all samples, as the layout cuts them, in one call of the selector."""
         video, audio = (layout.segments("window", m) for m in (Modality.VIDEO, Modality.AUDIO))
         batch, windows, _ = audio.index.shape
         visible = video.gather(keep_video) & video.valid
@@ -224,11 +243,16 @@ class OmniSift(LearnedCompressor):
         logits = self.selector(audio.gather(embeds).flatten(0, 1), context.flatten(0, 1), visible.flatten(0, 1))
         return audio.scatter(logits.reshape(batch, windows, -1), 0.0)
 
+    def _chunked(self, layout: TokenLayout) -> TokenLayout:
+        """The layout whose windows are chunks."""
+        return layout if self.settings.chunks == "windows" else layout.by_grid_pairs()
+
     def _squash(self, ranked: Ranked, modality: Modality, layout: TokenLayout) -> Tensor:
         """Scores in (0, 1), [B, S], from logits."""
         if self.settings.score_norm == "none":
             return ranked.scores.sigmoid()
-        segments = layout.segments("window", modality) if self.settings.base is None else ranked.segments
+        windows = self._chunked(layout).segments("window", modality)
+        segments = windows if self.settings.base is None else ranked.segments
         grouped = segments.gather(ranked.scores)
         mean = segment_mean(grouped.unsqueeze(-1), segments.valid)
         centred = grouped - mean

@@ -6,6 +6,11 @@
 
 `rounding="official"` reproduces the published functions: anchors come on top of the audio budget, windows' rates are
 scaled between two frozen extremes and clamped (so the video budget is met only by chance), frames round down.
+They are those of the published code where 2 s of a sequence are one run of two grids and one of audio: Qwen2.5-Omni
+below the frame cap. Published windows are runs and published frames are compared within a run; ours last 2 s by time
+under either rounding, also where grids are spread out and in Qwen3-Omni, whose runs are one grid. `units` counts frames
+and audio tokens instead, and under official rounding does so everywhere.
+
 `rounding="exact"`, the default, differs in this:
 
 - anchors count as kept audio;
@@ -34,7 +39,7 @@ from omnisieve.compressors.ranked import Ranked
 from omnisieve.compressors.saliency import alternating_saliency
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.ops.budget import floor_product
-from omnisieve.ops.clustering import density_peaks, isolation
+from omnisieve.ops.clustering import Metric, density_peaks, distance_scale, isolation
 from omnisieve.plan import Plan
 
 VARIANTS = ("core", "paper", "units")
@@ -121,10 +126,12 @@ class OmniZip(AnchoredAudio):
         cuts = half_grid_cuts(layout) if self.official and s.variant == "units" else Cuts.of(layout)
         counts, frames = self._video_counts(keep_audio, cuts, layout), cuts.frames
         tokens = frames.gather(embeds)
+        metric: Metric = "euclidean" if s.variant == "paper" else "cosine"
         if s.variant == "units":
             spatial = isolation(tokens, frames.valid, s.neighbours)
         else:
-            metric: Literal["cosine", "euclidean"] = "euclidean" if s.variant == "paper" else "cosine"
             spatial = density_peaks(tokens, frames.valid, s.neighbours, metric)
-        scores = alternating_saliency(tokens, spatial, cuts.odd_frames())
-        return Ranked(frames, counts, frames.scatter(scores, 0.0))
+        odd = cuts.odd_frames()
+        scores = alternating_saliency(tokens, spatial, odd)
+        scale = torch.where(odd, 1.0, distance_scale(tokens, frames.valid, metric))
+        return Ranked(frames, counts, frames.scatter(scores, 0.0), scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Preset:
         source: paper and table, or published code.
         total: kept share of all media tokens, as the source states it.
         settings: fields of the methods.
+        own: further fields of single methods, by method.
         window: video and audio tokens in 2 s of the source's clips, from which the total follows; None where it
             follows otherwise.
     """
@@ -36,14 +37,15 @@ class Preset:
     source: str
     total: float
     settings: Mapping[str, Any]
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     window: tuple[int, int] | None = None
 
-    def with_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings with other values; a new ratio replaces all ratios, null is none."""
+    def of(self, method: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a method with other values; a new ratio replaces all ratios, null is none."""
         given = {name: value for name, value in changes.items() if name not in RATIOS or value is not None}
-        kept = {name: value for name, value in self.settings.items() if name not in RATIOS}
-        own = kept if any(name in given for name in RATIOS) else self.settings
-        return {**own, **given}
+        new_ratio = any(name in given for name in RATIOS)
+        kept = {name: value for name, value in self.settings.items() if not (new_ratio and name in RATIOS)}
+        return {**kept, **self.own.get(method, {}), **given}
 
 
 @cache

@@ -40,7 +40,7 @@ class Random(Compressor):
     def rank(self, embeds: Tensor, layout: TokenLayout, needs: Needs | None = None) -> tuple[Ranked, Ranked]:
         """By chance. See `Compressor.rank`."""
         scores = random_scores(layout, self.settings.seed)
-        return self.ranked(Modality.VIDEO, scores, layout), self.ranked(Modality.AUDIO, scores, layout)
+        return self.ranked(Modality.VIDEO, scores, layout, None), self.ranked(Modality.AUDIO, scores, layout, None)
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """max(floor(ratio * n), 1); nothing of nothing."""

@@ -13,6 +13,8 @@ from omnisieve.ops.budget import largest_remainder, round_count
 
 RATIOS = ("retained_ratio", "video_ratio", "audio_ratio")
 Rounding = Literal["exact", "official"]
+PUBLISHED_VIDEO_FLOOR = 0.05
+"""Least share of the video where audio is to stay whole, in SEATS' code."""
 Share = TypeVar("Share", float, np.ndarray)
 
 
@@ -149,6 +151,27 @@ def check_reach(
             f"{modality.name.lower()} tokens{beside}; it can keep {least[sample]} to {high[sample]}, so reachable are "
             f"{lowest} to {highest} ({setting})"
         )
+
+
+def intact_shares(ratio: float, layout: TokenLayout, video_floor: float) -> dict[Modality, np.ndarray]:
+    """Shares that leave audio whole at an unchanged total, as the published code of SEATS solves them, [B, 1] each.
+
+    The total is truncated before video takes what audio leaves of it. Video keeps `video_floor` at least; audio pays
+    for the rest then, and is no longer whole.
+
+    Args:
+        ratio: kept share of both modalities together.
+        layout: of the batch.
+        video_floor: least share of the video.
+    """
+    video, audio = (layout.counts(modality) for modality in MEDIA)
+    # Binary fractions included.
+    total = np.floor(ratio * video + ratio * audio)
+    share = (total - audio) / np.maximum(video, 1)
+    rest = ((total - video_floor * video) / np.maximum(audio, 1)).clip(0, 1)
+    low = share < video_floor
+    shares = {Modality.VIDEO: np.where(low, video_floor, share), Modality.AUDIO: np.where(low, rest, 1.0)}
+    return {modality: share[:, None] for modality, share in shares.items()}
 
 
 def drop_share(ratio: Share) -> Share:

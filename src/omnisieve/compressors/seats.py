@@ -9,8 +9,9 @@ Where paper and code differ: the code scores with a layer applied to its own out
 is the default here too, and `next_layer` takes the attention of the layer that follows. Scores are of the order of one
 over the length, so that windows weigh about the same at the published temperature; `normalize_scores` changes that.
 
-`rounding="official"` pairs the i-th run of video with the i-th of audio, keeps published ratios of what is there and
-repairs budgets in the published order, which can miss a sum by a few tokens. `rounding="exact"` takes 2-s windows,
+`rounding="official"` pairs the i-th run of video with the i-th of audio in what is left, keeps published ratios of that
+and repairs budgets in the published order, which can miss a sum by a few tokens. A run is 2 s of one modality in
+Qwen2.5-Omni below the frame cap, and a grid or its second of sound in Qwen3-Omni. `rounding="exact"` takes 2-s windows,
 gives each modality exactly its own and fits the mean over layers of each modality to its ratio: the sum over layers
 is missed by half the layers of the last level at most (3 of 28), by more only where a handful of tokens is left.
 """
@@ -163,11 +164,8 @@ class Seats(InnerCompressor):
         else:
             levels = layout.derived((self.name, self.settings, self.num_layers), lambda: self._levels(layout))
             kept = levels[cut + 1].T
-        video, audio = (layout.segments("run" if self.official else "window", modality) for modality in MEDIA)
-        scores = self._normalized(scores, alive, layout)
-        return select_top_down(
-            scores, alive, layout, (video, audio), kept, tau=self.settings.tau, official=self.official
-        )
+        normal, tau = self._normalisation(scores, alive, layout), self.settings.tau
+        return select_top_down(scores, alive, layout, kept, tau=tau, official=self.official, normal=normal)
 
     def budget(self, layout: TokenLayout) -> Budget:
         """Kept tokens averaged over layers, each modality apart; upper bounds under official rounding."""
@@ -185,17 +183,18 @@ class Seats(InnerCompressor):
     def _score_at(self, after: int) -> ScoreAt:
         return ScoreAt(after + 1, "input") if self.settings.next_layer else ScoreAt(after, "output")
 
-    def _normalized(self, scores: Tensor, alive: Tensor, layout: TokenLayout) -> Tensor:
-        """Scores as windows are weighed by them, [B, S]; their order stays."""
+    def _normalisation(self, scores: Tensor, alive: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor] | None:
+        """What is taken off the scores, and what they are multiplied by, before windows are weighed: [B, 1] each."""
         size = alive.sum(dim=1, keepdim=True)
         if self.settings.normalize_scores == "length":
             fixed = layout.mask(Modality.TEXT, Modality.IMAGE).sum(dim=1, keepdim=True)
-            return scores * (size + fixed)
+            return torch.zeros_like(scores[:, :1]), size + fixed
         if self.settings.normalize_scores == "zscore":
             mean = (scores * alive).sum(dim=1, keepdim=True) / size.clamp(min=1)
             centred = (scores - mean) * alive
-            return centred / (centred.square().sum(dim=1, keepdim=True) / size.clamp(min=1)).sqrt().clamp(min=1e-12)
-        return scores
+            spread = (centred.square().sum(dim=1, keepdim=True) / size.clamp(min=1)).sqrt()
+            return mean, 1 / spread.clamp(min=1e-12)
+        return None
 
     def _levels(self, layout: TokenLayout) -> np.ndarray:
         """Tokens at each used level, [levels, 2, B], video before audio."""

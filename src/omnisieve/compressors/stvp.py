@@ -3,6 +3,9 @@
 Video is pruned per frame by dissimilarity to the frame mean (first frame of a window) or to the co-located token of
 the frame before. The paper has no counterpart for audio; ours ranks the audio tokens of a window by a mix of
 dissimilarity to the audio token before and to the mean of the window.
+
+`rounding="official"` rounds as OmniSIFT's code does, n - int(n * dropped). Windows
+last 2 s by time under either rounding.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class Stvp(Compressor):
         """What differs from its surroundings first. See `Compressor.rank`."""
         video = spatiotemporal_saliency(embeds, layout)
         audio = audio_saliency(embeds, layout, self.settings.audio_novelty)
-        return self.ranked(Modality.VIDEO, video, layout), self.ranked(Modality.AUDIO, audio, layout)
+        return self.ranked(Modality.VIDEO, video, layout, 1.0), self.ranked(Modality.AUDIO, audio, layout, 1.0)
 
 
 def audio_saliency(embeds: Tensor, layout: TokenLayout, novelty: float) -> Tensor:

@@ -8,22 +8,56 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from omnisieve.layout import MEDIA, Segments, TokenLayout
-from omnisieve.ops.topk import topk_mask
-from omnisieve.ops.waterfill import level_out, share_out
+from omnisieve.layout import MEDIA, Modality, TokenLayout
+from omnisieve.ops.groups import rank_in_group
+from omnisieve.ops.topk import settled, topk_mask
+from omnisieve.ops.waterfill import level_out, round_half_even, share_out
+
+
+def windows_by_time(layout: TokenLayout) -> tuple[Tensor, int]:
+    """The 2-s window of every media token, [2, B, S] long, video before audio, and how many there are.
+
+    What is not of a modality has the number of windows.
+    """
+    groups = max(int(layout.window.max()) + 1, 1)
+    window = layout.derived(("window",), lambda: layout.window)
+    return torch.stack([torch.where(layout.mask(m), window, groups) for m in MEDIA]), groups
+
+
+def windows_by_run(alive: Tensor, layout: TokenLayout) -> tuple[Tensor, int]:
+    """Contiguous runs of one modality in what is left, numbered in each; see `windows_by_time`.
+
+    Args:
+        alive: [B, S] bool, media tokens still there.
+        layout: of the whole sequence.
+
+    Returns:
+        as `windows_by_time`; there are no more runs than in the whole sequence.
+    """
+    groups = max(layout.segments("run", modality).sizes.shape[1] for modality in MEDIA)
+    left = alive | layout.mask(Modality.TEXT, Modality.IMAGE)
+    place = torch.arange(1, alive.shape[1] + 1, device=alive.device)
+    # The last token that is left before each, counted from 1; 0 where there is none.
+    before = torch.nn.functional.pad(torch.where(left, place, 0).cummax(dim=1).values, (1, 0))[:, :-1]
+    runs = []
+    for modality in MEDIA:
+        member = alive & layout.mask(modality)
+        follows = torch.nn.functional.pad(member, (1, 0)).gather(1, before)
+        run = (member & ~follows).cumsum(dim=1) - 1
+        runs.append(torch.where(member, run, groups))
+    return torch.stack(runs), groups
 
 
 def select_top_down(
     scores: Tensor,
     alive: Tensor,
     layout: TokenLayout,
-    windows: tuple[Segments, Segments],
     kept: Tensor,
     *,
     tau: float,
     official: bool,
+    normal: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Which media tokens stay, [B, S] bool.
 
@@ -33,39 +67,44 @@ def select_top_down(
         scores: [B, S].
         alive: [B, S] bool, media tokens still there.
         layout: of the whole sequence.
-        windows: segments of video and of audio; segment g of both is one window.
         kept: [B, 2] long, video and audio tokens that stay.
         tau: temperature of the softmax over windows.
-        official: repair and split budgets as the published code does, which can miss the sum of `kept` by a few
-            tokens. Otherwise each modality gets exactly its own.
+        official: windows are runs of what is left, the i-th of video and the i-th of audio; budgets are repaired and
+            split as the published code does, which can miss the sum of `kept` by a few tokens. Otherwise windows last
+            2 s, and each modality gets exactly its own.
+        normal: what is taken off scores and what they are multiplied by before windows are weighed, [B, 1] each.
     """
-    groups = max(segments.sizes.shape[1] for segments in windows)
-    present = [segments.gather(alive) & segments.valid for segments in windows]
-    sizes = torch.stack([pad(p.sum(dim=-1), (0, groups - p.shape[1])) for p in present], dim=-1)
-    total = torch.stack(
-        [
-            pad((segments.gather(scores).double() * p).sum(dim=-1), (0, groups - p.shape[1]))
-            for segments, p in zip(windows, present, strict=True)
-        ],
-        dim=-1,
-    )
-    relevance = _relevance(total / sizes.clamp(min=1), sizes, tau)
+    windows, groups = windows_by_run(alive, layout) if official else windows_by_time(layout)
+    windows = torch.where(alive, windows, groups)
+    sizes = _sums(torch.ones_like(scores, dtype=torch.long), windows, groups)
+    total = _sums(scores.double(), windows, groups)
+    # Windows whose means agree to rounding are equally relevant.
+    means = settled((total / sizes.clamp(min=1)).mT, (sizes > 0).mT).mT
+    if normal is not None:
+        means = (means - normal[0].unsqueeze(-1)) * normal[1].unsqueeze(-1)
+    relevance = _relevance(means.masked_fill(sizes == 0, 0), sizes, tau)
     counts = (_published_counts if official else _exact_counts)(relevance, sizes, kept)
 
-    keep = torch.zeros_like(alive)
-    for index, (modality, segments, p) in enumerate(zip(MEDIA, windows, present, strict=True)):
-        wanted = counts[:, : segments.sizes.shape[1], index]
-        in_windows = segments.scatter(topk_mask(segments.gather(scores), p, wanted), False)
+    keep, alone = torch.zeros_like(alive), _nothing_to_share(sizes)
+    for index, modality in enumerate(MEDIA):
+        window = windows[index]
+        wanted = torch.nn.functional.pad(counts[..., index], (0, 1)).gather(1, window)
+        in_windows = rank_in_group(-scores, window, groups) < wanted
         overall = topk_mask(scores, alive & layout.mask(modality), kept[:, index])
-        keep |= torch.where(_nothing_to_share(windows, alive.device), overall, in_windows)
+        keep |= torch.where(alone, overall, in_windows)
     return keep
 
 
-def _nothing_to_share(windows: tuple[Segments, Segments], device: torch.device) -> Tensor:
-    """[B, 1] bool: samples with one window or one modality, known from the layout."""
-    video, audio = ((segments.sizes > 0).sum(axis=1) for segments in windows)
-    alone = (video == 0) | (audio == 0) | ((video <= 1) & (audio <= 1))
-    return torch.from_numpy(alone[:, None]).to(device, non_blocking=True)
+def _sums(values: Tensor, windows: Tensor, groups: int) -> Tensor:
+    """Values [B, S] added up over the windows of each modality, [B, G, 2]."""
+    zeros = torch.zeros(values.shape[0], groups + 1, dtype=values.dtype, device=values.device)
+    return torch.stack([zeros.scatter_add(1, window, values)[:, :groups] for window in windows], dim=-1)
+
+
+def _nothing_to_share(sizes: Tensor) -> Tensor:
+    """[B, 1] bool: samples with one window or one modality."""
+    video, audio = (sizes > 0).sum(dim=1, keepdim=True).unbind(dim=-1)
+    return (video == 0) | (audio == 0) | ((video <= 1) & (audio <= 1))
 
 
 def _relevance(means: Tensor, sizes: Tensor, tau: float) -> Tensor:
@@ -78,11 +117,11 @@ def _published_counts(relevance: Tensor, sizes: Tensor, kept: Tensor) -> Tensor:
     """Tokens per window and modality, [B, G, 2], in the published order of repairs."""
     total, most = kept.sum(dim=-1), sizes.sum(dim=-1)
     share = relevance.mean(dim=-1) * total.unsqueeze(-1)
-    window = level_out(torch.minimum(share.round().long().clamp(min=1), most), most, total)
+    window = level_out(torch.minimum(round_half_even(share).clamp(min=1), most), most, total)
     demand = relevance * kept.unsqueeze(1)
     video_share = demand[..., 0] / (demand.sum(dim=-1) + 1e-12)
     has_video, has_audio = sizes.unbind(dim=-1)
-    video = torch.minimum((window * video_share).round().long(), has_video)
+    video = torch.minimum(round_half_even(window * video_share), has_video)
     audio = torch.minimum(window - video, has_audio)
     video = torch.minimum(window - audio, has_video)
     # At least one token of each modality, at the cost of the other where that has more.

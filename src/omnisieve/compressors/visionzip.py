@@ -9,8 +9,11 @@ here, as in the omni-modal adaptation that SEATS describes, there is no CLS toke
 `visionzip_om` prunes both modalities. `visionzip` leaves audio whole and solves the share of the video per sample; if
 that would fall below `video_floor`, the video stays there and audio is dropped at random for the rest.
 
-`rounding="official"` rounds as SEATS' code does, always down, and cuts audio into 50 tokens each. `rounding="exact"`
-meets the total by largest remainder; anchors are part of it, and never more than there are tokens to join them.
+`rounding="official"` rounds as SEATS' code does, always down, and cuts audio into 50 tokens each: 2 s of Qwen2.5-Omni,
+near 4 s of Qwen3-Omni. The total is truncated
+before the share of the video is solved from it, and a video at its floor keeps contextual tokens only.
+`rounding="exact"` meets the total by largest remainder; anchors are part of it, and never more than there are tokens to
+join them.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from torch import Tensor
 from omnisieve.compressors.base import Budget, Compressor, CompressorError, Need, Needs, Settings, Span, register
 from omnisieve.compressors.random import random_scores
 from omnisieve.compressors.ranked import Ranked
-from omnisieve.compressors.ratios import asked_budget
+from omnisieve.compressors.ratios import PUBLISHED_VIDEO_FLOOR, asked_budget, intact_shares
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
-from omnisieve.ops.budget import round_count
+from omnisieve.ops.budget import round_count, round_product
 from omnisieve.ops.merge import spaced_anchors, spread_over_anchors
 from omnisieve.ops.topk import tiered, topk_mask
 from omnisieve.plan import Merge, Plan
@@ -62,7 +65,7 @@ class VisionZipIntactSettings(VisionZipSettings):
         seed: of the audio that has to go then.
     """
 
-    video_floor: float = 0.05
+    video_floor: float = PUBLISHED_VIDEO_FLOOR
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -141,8 +144,9 @@ class VisionZipOm(Compressor):
 
     def _anchors(self, sizes: np.ndarray) -> np.ndarray:
         """Anchors of segments that have tokens to spare, at least one."""
-        ratio = self.settings.contextual_ratio
-        return np.maximum(round_count(sizes * ratio), np.minimum(sizes, 1)) * (ratio > 0)
+        ratio, official = self.settings.contextual_ratio, self.settings.rounding == "official"
+        rounded = round_product(sizes, ratio) if official else round_count(sizes * ratio)
+        return np.maximum(rounded, np.minimum(sizes, 1)) * (ratio > 0)
 
     def _zip(self, modality: Modality, layout: TokenLayout, needs: Needs | None) -> Zip:
         """One modality's part of the plan, [B, S] each."""
@@ -163,7 +167,7 @@ class VisionZipOm(Compressor):
             attention, segments.valid, segments.sizes, *self.split_counts(modality, layout)
         )
         order = tiered(2 * dominant.long() + contextual.long(), attention, segments.valid)
-        return self.ranked(modality, segments.scatter(order, 0.0), layout)
+        return self.ranked(modality, segments.scatter(order, 0.0), layout, None)
 
     def _merge(self, video: Zip, audio: Zip, layout: TokenLayout) -> Merge | None:
         """What joins the anchors."""
@@ -202,13 +206,15 @@ class VisionZip(VisionZipOm):
         """See `Compressor.shares_of`."""
         if not self._total_alone:
             return super().shares_of(modality, layout)
+        if self.settings.rounding == "official":
+            return intact_shares(self.ratio_of(Modality.VIDEO), layout, self.settings.video_floor)[modality]
         return (self.asked(layout).of(modality) / np.maximum(layout.counts(modality), 1))[:, None]
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
-        """See `VisionZipOm.official_counts`; audio is rounded."""
+        """See `VisionZipOm.official_counts`; of audio max(1, round(ratio * n))."""
         if modality == Modality.VIDEO:
             return super().official_counts(modality, layout, sizes)
-        return round_count(sizes * self.shares_of(modality, layout))
+        return np.maximum(round_product(sizes, self.shares_of(modality, layout)), np.minimum(sizes, 1))
 
     @property
     def _total_alone(self) -> bool:
@@ -226,7 +232,7 @@ class VisionZip(VisionZipOm):
         """Audio by chance."""
         if modality == Modality.VIDEO:
             return super()._in_order(modality, layout, needs)
-        return self.ranked(modality, random_scores(layout, self.settings.seed), layout)
+        return self.ranked(modality, random_scores(layout, self.settings.seed), layout, None)
 
 
 def choose_tokens(

@@ -2,7 +2,8 @@
 
 SEATS' first stage (section 4.1): greedy max-min selection in cosine distance inside 2-s windows, where the attention
 that a candidate receives in the encoder scales its distances. `rounding="official"` cuts windows as the published code
-does, every two grids and every 50 audio tokens, and keeps max(1, round(ratio * n)) of each.
+does, every two grids and every 50 audio tokens, and keeps max(1, round(ratio * n)) of each. These are 2 s of
+Qwen2.5-Omni below the frame cap; grids that are spread out last longer, and 50 audio tokens of Qwen3-Omni near 4 s.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from omnisieve.compressors.base import Compressor, Need, Needs, Settings, register
 from omnisieve.compressors.ranked import Ranked
 from omnisieve.layout import MEDIA, Modality, SegmentKind, Segments, TokenLayout
+from omnisieve.ops.budget import round_product
 from omnisieve.ops.diversity import maxmin_mask, maxmin_rank
 from omnisieve.plan import Plan
 
@@ -69,7 +71,7 @@ class WinDivPrune(Compressor):
             segments = self.segments_of(modality, layout)
             weight = self._weight(modality, segments, needs)
             picked = maxmin_rank(segments.gather(embeds), segments.valid, weight)
-            parts.append(self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout))
+            parts.append(self.ranked(modality, segments.scatter(-picked.float(), 0.0), layout, None))
         return parts[0], parts[1]
 
     def segments_of(self, modality: Modality, layout: TokenLayout) -> Segments:
@@ -81,7 +83,7 @@ class WinDivPrune(Compressor):
 
     def official_counts(self, modality: Modality, layout: TokenLayout, sizes: np.ndarray) -> np.ndarray:
         """max(1, round(ratio * n)), halves to even, binary fractions included."""
-        rounded = np.rint(sizes * self.shares_of(modality, layout)).astype(np.int64)
+        rounded = round_product(sizes, self.shares_of(modality, layout))
         return np.clip(rounded, np.minimum(sizes, 1), sizes)
 
     def _weight(self, modality: Modality, segments: Segments, needs: Needs | None) -> Tensor | None:

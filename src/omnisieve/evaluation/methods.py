@@ -150,7 +150,7 @@ def _resolve(label: str, settings: dict[str, Any]) -> Method:
     if AT_PRESET in name and not is_artifact(name):
         name, _, preset_name = name.partition(AT_PRESET)
         preset = find_preset(preset_name)
-        settings = _at_preset(label, preset, settings)
+        settings = _at_preset(label, name, preset, settings)
     if name in BOUNDS:
         return Method(label, name, "bound", settings, at, preset=preset, llm=llm)
     if "/" in name or is_artifact(name):
@@ -170,11 +170,11 @@ def _llm(export: str | Path) -> Path:
     return locate(export)
 
 
-def _at_preset(label: str, preset: Preset, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _at_preset(label: str, name: str, preset: Preset, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The preset's fields with those that were given."""
     if given := [name for name in RATIOS if name in settings]:
         raise CompressorError(f"{label}: {given[0]} is given, but the preset has ratios of its own; leave one out")
-    return preset.with_changes(settings)
+    return preset.of(name, settings)
 
 
 def _kind(name: str) -> Kind:

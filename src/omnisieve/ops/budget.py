@@ -20,6 +20,11 @@ def floor_product(count: np.ndarray, fraction: np.ndarray | float) -> np.ndarray
     return np.floor(np.asarray(count, dtype=np.float64) * fraction).astype(np.int64)
 
 
+def round_product(count: np.ndarray, fraction: np.ndarray | float) -> np.ndarray:
+    """`round(count * fraction)` exactly as the published codes compute it, binary fractions included."""
+    return np.rint(np.asarray(count, dtype=np.float64) * fraction).astype(np.int64)
+
+
 def largest_remainder(total: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Split `total` over segments in proportion to their sizes (Hamilton's method).
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from omnisieve.ops.similarity import symmetric, unit
+from omnisieve.ops.topk import ROUNDING, first_largest
 
 
 def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
@@ -21,8 +22,8 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = N
         weight: [..., L], at least 0: scales the distances of a candidate (winDivPrune of SEATS, section 4.1).
 
     Returns:
-        [..., count] long, distinct up to the number of valid entries and meaningless after it. Of equal distances the
-        lower index wins.
+        [..., count] long, distinct up to the number of valid entries and meaningless after it. Of distances that are
+        equal to rounding the lower index wins.
     """
     length = x.shape[-2]
     directions = unit(x)
@@ -30,12 +31,16 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = N
     distance = symmetric(1 - directions @ directions.transpose(-1, -2)).clamp(min=0)
     itself = torch.eye(length, dtype=torch.bool, device=x.device)
     others = distance.masked_fill(itself | ~valid.unsqueeze(-2), torch.inf)
-    nearest = others.amin(dim=-1)
+    # What has no other is far from everything.
+    nearest = others.amin(dim=-1).clamp(max=2)
     picks: list[Tensor] = []
     for _ in range(count):
         # A candidate's weight is common to all its distances, so scaling the nearest one is enough.
         gain = nearest if weight is None else nearest * weight
-        pick = gain.masked_fill(~valid, -torch.inf).argmax(dim=-1, keepdim=True)
+        gain = gain.masked_fill(~valid, -torch.inf)
+        # A weight also scales the rounding of the distances.
+        rounding = ROUNDING if weight is None else ROUNDING * weight.gather(-1, gain.argmax(dim=-1, keepdim=True))
+        pick = first_largest(gain, rounding)
         row = distance.gather(-2, pick.unsqueeze(-1).expand(*pick.shape, length)).squeeze(-2)
         # From the second pick on only distances to picked entries count.
         nearest = torch.minimum(nearest, row) if picks else row

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omnisieve.ops.topk import Scale, new_levels
+
 
 def group_sum(values: Tensor, group: Tensor, groups: int) -> Tensor:
     """Sum over each entry's group, at every member.
@@ -21,19 +23,25 @@ def group_sum(values: Tensor, group: Tensor, groups: int) -> Tensor:
     return total.scatter_add(-1, group, values).gather(-1, group)
 
 
-def rank_in_group(key: Tensor, group: Tensor, groups: int) -> Tensor:
+def rank_in_group(key: Tensor, group: Tensor, groups: int, scale: Scale = 0.0) -> Tensor:
     """How many members of its group come before each entry, in ascending order of `key`; ties by position.
 
     Args:
         key: [B, N].
         group: [B, N] long; entries in no group have `groups`.
         groups: number of groups.
+        scale: of the key's rounding, see `ops.topk`; whole numbers are exact.
 
     Returns:
         [B, N] long.
     """
+    key = key.detach()
     by_key = key.argsort(dim=-1, stable=True)
     order = by_key.gather(-1, group.gather(-1, by_key).argsort(dim=-1, stable=True))
+    if key.is_floating_point():
+        own = group.gather(-1, order)
+        level = new_levels(key.gather(-1, order), scale, apart=own != own.roll(1, dims=-1)).cumsum(dim=-1)
+        order = torch.empty_like(order).scatter_(-1, order, level).argsort(dim=-1, stable=True)
     ramp = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     sizes = torch.zeros(group.shape[0], groups + 1, dtype=torch.long, device=group.device)
     sizes = sizes.scatter_add(-1, group, torch.ones_like(group))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from omnisieve.ops.clustering import best_of_group
 from omnisieve.ops.similarity import unit
+from omnisieve.ops.topk import ROUNDING, first_largest
 
 
 def spaced_anchors(candidates: Tensor, sizes: np.ndarray, counts: np.ndarray) -> Tensor:
@@ -45,8 +46,8 @@ def nearest_anchor(x: Tensor, anchors: Tensor, most: int) -> tuple[Tensor, Tenso
     directions = unit(x)
     rows = directions.gather(-2, slot.unsqueeze(-1).expand(*slot.shape, directions.shape[-1]))
     absent = ~anchors.gather(-1, slot).unsqueeze(-2)
-    cosines, choice = (directions @ rows.transpose(-1, -2)).masked_fill(absent, -torch.inf).max(dim=-1)
-    return slot, choice, cosines
+    cosines = (directions @ rows.transpose(-1, -2)).masked_fill(absent, -torch.inf)
+    return slot, first_largest(cosines).squeeze(-1), cosines.amax(dim=-1)
 
 
 def spread_over_anchors(x: Tensor, anchors: Tensor, pool: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +90,7 @@ def merge_into_anchors(
     slot, choice, nearest = nearest_anchor(embeds, anchors, most)
     pool = pool & nearest.isfinite()
     score = torch.where(likeness.isinf(), nearest, likeness)
-    merged = best_of_group(score, torch.where(pool, choice, most), most, group)
+    merged = best_of_group(score, torch.where(pool, choice, most), most, group, scale=1.0)
 
     # Scores are cosines: the exponential needs no shift.
     weight = torch.where(merged, score.exp(), 0.0)
@@ -138,7 +139,11 @@ def merge_into_targets(
     cosines = (directions @ rows.transpose(-1, -2)).masked_fill(~possible, -torch.inf)
 
     # Maxima by scattering are slow where many values meet; the frequent case needs none.
-    nearest, choice = cosines.max(dim=-1, keepdim=True) if turns == 1 else _max_per_group(cosines, its_turn, turns)
+    nearest, choice = (
+        (cosines.amax(dim=-1, keepdim=True), first_largest(cosines))
+        if turns == 1
+        else _max_per_group(cosines, its_turn, turns)
+    )
     choice, joins = choice.flatten(1), nearest.isfinite().flatten(1)
     members = torch.zeros_like(cosines[:, 0]).scatter_add(-1, choice, joins.to(cosines.dtype))
     kept = (1 / (members + 1)).clamp(min=least_own)
@@ -149,7 +154,7 @@ def merge_into_targets(
 
 
 def _max_per_group(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Largest value of each group of columns and the first column that has it.
+    """Largest value of each group of columns and the first column that has it to rounding.
 
     Args:
         values: [B, N, C].
@@ -161,6 +166,6 @@ def _max_per_group(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, 
     """
     group, shape = group.expand_as(values), (*values.shape[:2], groups)
     largest = values.new_full(shape, -torch.inf).scatter_reduce(-1, group, values, "amax")
-    last = values.shape[-1] - 1
-    column = torch.where(values == largest.gather(-1, group), torch.arange(last + 1, device=values.device), last)
+    last, place = values.shape[-1] - 1, torch.arange(values.shape[-1], device=values.device)
+    column = torch.where(values >= largest.gather(-1, group) - ROUNDING, place, last)
     return largest, torch.full(shape, last, device=values.device).scatter_reduce(-1, group, column, "amin")

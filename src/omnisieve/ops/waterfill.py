@@ -49,7 +49,13 @@ def round_to_total(targets: Tensor, sizes: Tensor, total: Tensor) -> Tensor:
     whole = torch.minimum((targets + GUARD).floor().long(), sizes)
     missing = total - whole.sum(dim=-1)
     # Targets carry rounding errors that differ from batch to batch; they must not decide between equal remainders.
-    return whole + topk_mask(((targets - whole) / GUARD).round(), whole < sizes, missing)
+    return whole + topk_mask(((targets - whole) / GUARD).round().long(), whole < sizes, missing)
+
+
+def round_half_even(values: Tensor) -> Tensor:
+    """Rounded to long, halves to even, where rounding errors of `values` [...] float64 do not decide what is a half."""
+    nearest_half = (values * 2).round() / 2
+    return torch.where((values - nearest_half).abs() < GUARD, nearest_half, values).round().long()
 
 
 def share_out(shares: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
@@ -92,6 +98,6 @@ def level_out(counts: Tensor, most: Tensor, total: Tensor) -> Tensor:
     level = water_fill(ones, torch.zeros_like(ones), low.double(), high.double(), total.double())
     # All end at the level; what the level has behind the point is left with those that gave last or took first.
     whole = (level + 1e-9).floor()
-    place = torch.arange(counts.shape[-1], dtype=torch.float32, device=counts.device)
+    place = torch.arange(counts.shape[-1], device=counts.device)
     rest = topk_mask(torch.where(fewer, place, -place), level - whole > 1e-9, total - whole.sum(dim=-1).long())
     return whole.long() + rest

@@ -163,7 +163,7 @@ def make_compressor(config: TrainConfig, hidden_size: int) -> Compressor:
     if not method.learned:
         raise ConfigError(f"compressor.method: {method.name} has no parameters to train")
     if "preset" in section:
-        section = find_preset(section.pop("preset")).with_changes(section)
+        section = find_preset(section.pop("preset")).of(method.name, section)
     hints = get_type_hints(method.settings_type)
     allowed = {field.name: hints[field.name] for field in fields(method.settings_type)}
     settings = check_fields(section, allowed, f"compressor ({method.name})")
