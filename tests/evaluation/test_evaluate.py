@@ -15,8 +15,9 @@ import pytest
 from omnisieve.artifact import save_compressor
 from omnisieve.compressors import base, build_compressor
 from omnisieve.config import EvalConfig, MediaSection
-from omnisieve.data.manifest import ManifestError
+from omnisieve.data.manifest import Manifest, ManifestError
 from omnisieve.data.synthetic import manifest_text, write_clip
+from omnisieve.evaluation.benchmarks import with_questions
 from omnisieve.evaluation.evaluate import USER_ERRORS, evaluate, open_benchmark
 from tests.data.stock import BACKBONE, save_qwen3
 
@@ -143,12 +144,13 @@ def test_only_the_first_questions_of_a_clip(config: EvalConfig) -> None:
     assert [q.meta["question"] for q in clip.questions] == [q.meta["question"] for q in whole.questions[:2]]
 
 
-def test_lines_with_the_same_id_are_refused(config: EvalConfig, tmp_path: Path) -> None:
-    lines = Path(config.manifest).read_text().splitlines()
-    Path(config.manifest).with_name("twice.jsonl").write_text("\n".join([*lines, lines[0]]))
-    config.manifest, config.model.path = str(Path(config.manifest).with_name("twice.jsonl")), without_weights(tmp_path)
+def test_lines_with_the_same_id_are_different_questions(config: EvalConfig) -> None:
+    line = Manifest(config.manifest)[0]
+    twice = Path(config.manifest).with_name("twice.jsonl")
+    twice.write_text("\n".join(Path(config.manifest).read_text().splitlines()[:1] * 2))
+    assert [c.id for c in with_questions("b", Manifest(twice))] == [line.id, f"{line.id} (line 2)"]
     with pytest.raises(ManifestError, match="two lines have the id"):
-        evaluate(config)
+        with_questions("b", [line, line])
 
 
 def test_command_line(config: EvalConfig, manifest: Path, tmp_path: Path, monkeypatch, capsys) -> None:
