@@ -5,9 +5,10 @@
     python tools/convert_data.py clips/ unlabelled.jsonl --question "What happens?"
     python tools/convert_data.py OWNER/NAME train.jsonl --format hf --split train
 
-IN is JSON or JSON lines (messages, ShareGPT, LLaVA-Video, or columns), a CSV table, a folder of media files, or a
-Hugging Face data set. Ids and all other keys are kept; media paths are written relative to OUT. An entry that cannot
-be used is listed with its reason in OUT.skipped.jsonl; OUT is then not written, unless --skip-bad leaves those out.
+IN is JSON or JSON lines (messages, ShareGPT, LLaVA-Video, ms-swift, or columns), a CSV table, a folder of media files,
+or a Hugging Face data set. Ids and all other keys are kept; media paths are written relative to OUT. An entry that
+cannot be used is listed with its reason in OUT.skipped.jsonl; OUT is then not written, unless --skip-bad leaves those
+out. Options of a question are asked with it, and its answer must be one of them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
         columns=columns_of(args.columns),
         question=args.question or (FOLDER_QUESTION if source == "folder" else None),
         allow_missing=args.allow_missing,
+        sound=args.sound,
     )
     entries = read_entries(args.source, source, split=args.split, subset=args.subset)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +63,7 @@ def main(argv: list[str]) -> int:
         temporary.replace(out)
     else:
         temporary.unlink()
+    tell_of_sound(converter)
     report(out, count, skipped, complete)
     return 0 if complete else 1
 
@@ -73,11 +76,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--format", choices=("auto", *SOURCES), default="auto", help="auto: by folder and suffix")
     parser.add_argument("--media-root", type=Path, help="what media paths are relative to; the folder of IN")
     parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="KEY=NAME", help="columns that hold path, question and answer"
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="KEY=NAME",
+        help="columns that hold path, question, answer and options",
     )
     parser.add_argument("--question", help="asked where an entry has none, as in a folder")
     parser.add_argument("--split", help="of a Hugging Face data set")
     parser.add_argument("--subset", help="of a Hugging Face data set on the hub, also called its config")
+    parser.add_argument(
+        "--sound",
+        choices=("video", "both"),
+        default="video",
+        help="of a video and a file of the same sound beside it: the video's alone, or both, one after the other",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used")
     parser.add_argument("--allow-missing", action="store_true", help="take entries whose media files are not there")
     return parser.parse_args(argv)
@@ -103,6 +116,22 @@ def columns_of(pairs: Sequence[str]) -> Columns:
         if key not in known or not name:
             raise FormatError(f"--columns {key}={name}: write KEY=NAME, where KEY is one of {', '.join(known)}")
     return Columns(**given)
+
+
+def tell_of_sound(converter: Converter) -> None:
+    """Say once what became of sound files beside videos that have sound themselves."""
+    if converter.doubled:
+        print(
+            f"{converter.doubled} entries have a video with sound and, beside it, a sound file of the same length: it "
+            "would be heard twice. The video's own is kept, the file is left out; --sound both keeps both",
+            file=sys.stderr,
+        )
+    if converter.beside:
+        print(
+            f"{converter.beside} entries have a video with sound and, beside it, a sound file of another length: both "
+            "are kept and heard",
+            file=sys.stderr,
+        )
 
 
 def report(out: Path, count: int, skipped: Sequence[Skipped], complete: bool) -> None:

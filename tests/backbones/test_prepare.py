@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import base64
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,13 @@ from omnisieve import attach, build_compressor, load_backbone, prepare, save_com
 from omnisieve.backbones import adapter_for
 from omnisieve.config import MediaSection
 from omnisieve.data.errors import DataError
-from omnisieve.data.media import MediaError
+from omnisieve.data.media import MediaError, MediaReader
 from omnisieve.data.synthetic import manifest_text, write_clip
 from tests.data.media_files import MediaSpec, write_media
 from tests.data.stock import BACKBONE, save_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
+CONTENT = base64.b64encode(bytes(range(256)) * 3).decode()
 PRINTED = "Qwen/Qwen2.5-Omni-7B"
 
 
@@ -74,6 +77,63 @@ def test_a_message_of_the_system_comes_first(clip: Path) -> None:
     assert spoken.tolist() == [*before, *silent.tolist()]
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("kind", ["video with sound", "video", "image", "audio", "text"])
+def test_inputs_equal_those_of_the_stock_processor(kind: str, system: str | None, clip: Path, tmp_path: Path) -> None:
+    """Called without any setting, so that sizes, rates and what a template puts in come from the model's own files."""
+    model, processor = load_backbone(BACKBONE), AutoProcessor.from_pretrained(str(BACKBONE))
+    modality = kind.split()[0]
+    file, media, heard = stock_media(kind, clip, tmp_path)
+    part = [] if file is None else [{"type": modality}]
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": [*part, {"type": "text", "text": "What?"}]})
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    stock = processor(text=text, return_tensors="pt", **media)
+    ours = prepare(model, processor, [] if file is None else file, "What?", system=system)
+
+    assert torch.equal(ours["input_ids"], stock["input_ids"])
+    positions, _ = model.get_rope_index(
+        stock["input_ids"], stock.get("image_grid_thw"), stock.get("video_grid_thw"), stock["attention_mask"],
+        kind == "video with sound", stock["feature_attention_mask"].sum(1) if heard else None,
+        stock.get("video_second_per_grid"),
+    )  # fmt: skip
+    assert torch.equal(ours["position_ids"][1:], positions)
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "video_second_per_grid"):
+        assert (name in ours) == (name in stock)
+        if name in ours:
+            assert torch.equal(ours[name], stock[name])
+    assert ("input_features" in ours) == heard
+    if heard:
+        mask = stock["feature_attention_mask"].bool()
+        assert torch.equal(ours["input_features"], stock["input_features"][:, :, mask[0]])
+    with torch.no_grad():
+        options = {"use_audio_in_video": True} if kind == "video with sound" else {}
+        torch.testing.assert_close(model(**ours).logits, model(**stock, **options).logits, rtol=0, atol=1e-4)
+
+
+def stock_media(kind: str, clip: Path, folder: Path) -> tuple[Path | None, dict[str, Any], bool]:
+    """A file, what the stock processor takes of it, and whether that is heard."""
+    read = MediaReader().read(clip)
+    assert read.audio is not None
+    assert read.video is not None
+    if kind == "video with sound":
+        frames = torch.from_numpy(read.video.frames).permute(0, 3, 1, 2)
+        sound = {"audio": [read.audio], "load_audio_from_video": True, "audio_from_video_indices": [0]}
+        return clip, {"videos": [frames], **sound}, True
+    if kind == "video":
+        silent = write_media(folder / "silent.mp4", MediaSpec(audio_seconds=0.0))
+        frames = MediaReader().read(silent).video.frames
+        return silent, {"videos": [torch.from_numpy(frames).permute(0, 3, 1, 2)]}, False
+    if kind == "image":
+        picture = Image.fromarray(read.video.frames[0]).resize((150, 90))
+        picture.save(folder / "picture.png")
+        return folder / "picture.png", {"images": [picture]}, False
+    if kind == "audio":
+        path = write_media(folder / "a.wav", MediaSpec(seconds=0.0, audio_seconds=2.5, audio_codec="pcm_s16le"))
+        return path, {"audio": [MediaReader().read(path, video=False).audio]}, True
+    return None, {}, False
+
+
 def test_a_file_that_cannot_be_read_is_named() -> None:
     model, processor = load_backbone(BACKBONE), AutoProcessor.from_pretrained(str(BACKBONE))
     with pytest.raises(MediaError, match=r"gone\.mp4.*there is no such file"):
@@ -95,7 +155,7 @@ def test_kinds_are_told_by_content(clip: Path, tmp_path: Path) -> None:
     for text, told in (
         ("https://a.org/b.mp4", "is an address"),
         ("file:///b.mp4", "is a file URL"),
-        ("A" * 900, "base64"),
+        (CONTENT, "base64"),
     ):
         with pytest.raises(DataError, match=told):
             prepare(model, processor, text, "What?")

@@ -181,6 +181,21 @@ def test_answers_of_all_turns_are_supervised(samples: dict[str, Sample]) -> None
         assert answers == "red<|im_end|>blue<|im_end|>"
 
 
+def test_turns_without_loss_and_system_messages(tmp_path: Path, loader: MediaLoader) -> None:
+    messages = turns()
+    messages[1]["loss"] = False
+    told = [{"role": "system", "content": "Be brief."}, *turns()]
+    lines = [{"messages": messages}, {"messages": turns(), "system": "Be brief."}, {"messages": told}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one, by_key, by_message = OmniDataset(Manifest(tmp_path / "m.jsonl"), loader)
+    tokenizer = stock_processor().tokenizer
+    assert tokenizer.decode(one.labels[one.labels != IGNORED]) == "blue<|im_end|>"
+    assert "assistant\nred<|im_end|>" in tokenizer.decode(one.input_ids)
+    assert "system\nBe brief.<|im_end|>" in tokenizer.decode(by_key.input_ids)
+    assert torch.equal(by_key.input_ids, by_message.input_ids)
+    assert torch.equal(by_key.labels, by_message.labels)
+
+
 def test_bad_files_are_replaced_by_a_function_of_the_index(
     tmp_path: Path, conversations: Manifest, loader: MediaLoader
 ) -> None:

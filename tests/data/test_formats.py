@@ -86,6 +86,111 @@ def test_a_row_without_an_answer_column_is_unlabelled() -> None:
     assert found.id == "line 7"
 
 
+def test_conversations_of_role_and_content() -> None:
+    turn = {"role": "user", "content": "<image>\nWhat?"}
+    found = conversation(
+        {"conversations": [turn, {"role": "assistant", "content": "That.", "loss": False}], "image": "i.png"}
+    )
+    assert content(found) == ["image", "What?"]
+    assert found.messages[1] == {"role": "assistant", "content": "That.", "loss": False}
+    parts = [{"type": "video", "video": "v.mp4"}, {"type": "text", "text": "What?"}]
+    found = conversation({"conversations": [{"role": "human", "content": parts}]})
+    assert content(found) == ["video", "What?"]
+
+
+def test_queries_with_responses_and_history() -> None:
+    row = {
+        "query": "And <audio>?", "response": 3, "history": [["<video>\nWho?", "Ann"]], "system": "Be brief.",
+        "videos": ["v.mp4"], "audios": ["a.wav"], "images": None, "solution": "x",
+    }  # fmt: skip
+    found = conversation(row)
+    assert [(message["role"], message["content"]) for message in found.messages[::2]] == [
+        ("system", "Be brief."), ("assistant", "Ann"), ("assistant", "3"),
+    ]  # fmt: skip
+    assert (content(found, 1), content(found, 3)) == (["video", "Who?"], ["And ", "audio", "?"])
+    assert found.meta == {"solution": "x"}
+    found = conversation({"query": "Who?", "history": [], "videos": ["v.mp4"]})
+    assert (content(found), len(found.messages)) == (["video", "Who?"], 1)
+    found = conversation({"instruction": "Say who.", "input": "In one word.", "output": "Ann", "images": ["i.png"]})
+    assert content(found) == ["image", "Say who.\nIn one word."]
+    assert found.messages[1]["content"] == "Ann"
+
+
+def test_options_are_asked() -> None:
+    row = {"video": "a.mp4", "question": "Which?", "options": ["A. dog", "B. cat"], "answer": "A"}
+    asked = "Which?\nA. dog\nB. cat"
+    found = conversation(row)
+    assert content(found) == ["video", f"{asked}\nAnswer with the option's letter."]
+    assert found.messages[1]["content"] == "A"
+    assert found.meta == {}
+    assert content(conversation(row | {"answer": "Cat"})) == ["video", asked]
+    assert content(conversation({k: v for k, v in row.items() if k != "answer"}))[1].endswith("letter.")
+    assert content(conversation(row | {"question": asked})) == ["video", asked]
+    assert content(conversation(row | {"options": [], "answer": "dog"})) == ["video", "Which?"]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"choices": ["dog", "it's a cat"]},
+        {"candidates": ["(A) dog", "(B) it's a cat"]},
+        {"options": {"A": "dog", "B": "it's a cat"}},
+        {"choices": {"label": ["A", "B"], "text": ["dog", "it's a cat"]}},
+        {"options": '["dog", "it\'s a cat"]'},
+        {"options": "['A. dog', \"B. it's a cat\"]"},
+        {"options": "['A. dog', 'B. it's a cat']"},
+        {"options": "A. dog B. it's a cat"},
+        {"options": "dog\nit's a cat\n"},
+        {"option_A": "dog", "option_B": "it's a cat", "option_C": None},
+        {"A": "dog", "B": "it's a cat", "C": ""},
+    ],
+)
+def test_options_in_every_writing(columns: dict[str, Any]) -> None:
+    found = conversation({"video": "a.mp4", "question": "Which?", "answer": "(b)", **columns})
+    assert content(found)[1].splitlines()[:3] == ["Which?", "A. dog", "B. it's a cat"]
+    assert found.meta == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("dog", "dog"), (0, "0"), (1.0, "1.0"), (True, "true"), (False, "false"), (" x ", " x ")]
+)
+def test_answers_that_are_one_text(value: Any, text: str) -> None:
+    for row in ({"path": "a.mp4", "question": "?", "answer": value}, {"query": "?", "response": value}):
+        assert conversation(row).messages[1]["content"] == text
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("value", [None, "", " ", NAN, float("inf"), ["dog"], {"x": 1}, []])
+def test_answers_that_are_none(value: Any) -> None:
+    for row in ({"path": "a.mp4", "question": "?", "answer": value}, {"query": "?", "response": value}):
+        found = Converter(Path("/d/m.jsonl"), Path("/d"), allow_missing=True).convert(Entry("line 7", row))
+        assert isinstance(found, Skipped)
+        assert "the answer, column " in found.reason
+
+
+def test_null_and_nan_count_as_absent() -> None:
+    row = {
+        "id": NAN,
+        "path": None,
+        "video": "a.mp4",
+        "question": "?",
+        "options": None,
+        "level": NAN,
+        "spans": {"a": None},
+    }
+    found = conversation(row)
+    assert (found.id, found.meta) == ("line 7", {"spans": {}})
+    found = conversation({"messages": [{"role": "user", "content": "<video>?"}], "videos": ["a"], "images": None})
+    assert found.meta == {}
+
+
+def test_a_row_with_files_of_several_kinds() -> None:
+    found = conversation({"audio": "a.wav", "videos": ["a.mp4", "b.mp4"], "question": "?"})
+    assert content(found) == ["video", "video", "audio", "?"]
+
+
 def test_messages_keep_all_but_their_paths() -> None:
     part = {"type": "video", "video": "a.mp4", "fps": 1, "max_frames": 8}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "?"}], "family": "f"}]
@@ -112,6 +217,21 @@ def test_messages_keep_all_but_their_paths() -> None:
         ({"movie": "a.mp4", "question": "?"}, "no path: the columns are 'movie', 'question'; name one with --columns"),
         ({"path": "a.mp4", "prompt": "?"}, "no question in column 'question'"),
         ({"path": "a.mp4", "question": "?", "answer": ""}, "the answer, column 'answer', is empty"),
+        (
+            {"path": "a", "question": "?", "options": ["x", "y"], "answer": "C"},
+            "'C' is neither the letter nor the text",
+        ),
+        ({"path": "a", "question": "?", "options": ["x", "y"], "answer": 1}, "'1' is neither the letter nor the text"),
+        ({"path": "a", "question": "?", "options": ["B", "A"], "answer": "A"}, "letter of one option and the text of"),
+        ({"path": "a", "question": "?", "options": ["x"]}, "1 options are no choice"),
+        ({"path": "a", "question": "?", "options": ["x", None]}, "option 2 is None"),
+        (
+            {"path": "a", "question": "?", "options": {"A": "x", "C": "y"}},
+            "letters from A on are needed, without a gap",
+        ),
+        ({"path": "a", "question": "?", "options": "x"}, "column 'options', are 'x'; a list is needed"),
+        ({"query": "?", "history": ["x"]}, "'history' is no list of pairs"),
+        ({"query": 3}, "a question is 3"),
         ({"messages": [{"role": "human", "content": "?"}]}, r"messages\[0\].role"),
         ({}, "no path"),
     ],
@@ -180,6 +300,12 @@ def test_tables_with_line_breaks_in_cells(tmp_path: Path) -> None:
     assert found[2].row["answer"] == "ä"
     (tmp_path / "a.tsv").write_text("path\tquestion\na.mp4\tb, c\n")
     assert entries(tmp_path / "a.tsv")[0].row == {"path": "a.mp4", "question": "b, c"}
+    (tmp_path / "a.csv").write_text("path;question;answer\na.mp4;b, c;d\n")
+    assert entries(tmp_path / "a.csv")[0].row == {"path": "a.mp4", "question": "b, c", "answer": "d"}
+    (tmp_path / "a.csv").write_text('path\t"question, or so"\na.mp4\tb; c\n')
+    assert entries(tmp_path / "a.csv")[0].row == {"path": "a.mp4", "question, or so": "b; c"}
+    (tmp_path / "a.csv").write_text(f"path\n{'a' * 200_000}\n")
+    assert len(entries(tmp_path / "a.csv")[0].row["path"]) == 200_000
     (tmp_path / "b.csv").write_bytes("path\n\xe4".encode("latin-1"))
     with pytest.raises(FormatError, match=r"b\.csv: cannot be read: 'utf-8'"):
         entries(tmp_path / "b.csv")
@@ -208,8 +334,8 @@ def test_hugging_face_folders_without_decoding(tmp_path: Path) -> None:
     assert source_of(str(tmp_path / "saved")) == "hf"
     found = entries(tmp_path / "saved", split="train")
     assert [entry.where for entry in found] == ["row 1", "row 2"]
-    assert found[0].row == {key: value for key, value in rows[0].items() if value is not None}
-    assert found[1].row["n"] == 3
+    assert conversation(dict(found[0].row)).meta == {}
+    assert conversation(dict(found[1].row)).meta == {"n": 3}
     assert len(entries(tmp_path / "saved", split="test")) == 1
     with pytest.raises(FormatError, match="has the splits train, test; choose one with --split"):
         entries(tmp_path / "saved")

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from omnisieve.data.manifest import Manifest, ManifestError, MediaPart, no_path
 
@@ -28,7 +32,7 @@ def test_parts_and_tags_mean_the_same(tmp_path: Path) -> None:
         {"id": "x", "messages": [as_parts, ANSWER]},
         {"id": "x", "messages": [user("<video>What?"), ANSWER], "videos": ["v/a.mp4"]},
     )
-    assert lines[0] == lines[1]
+    assert lines[0] == replace(lines[1], id="x")
     assert lines[0].media == (MediaPart("video", tmp_path / "v/a.mp4"),)
     assert lines[0].messages[0]["content"] == [{"type": "video"}, {"type": "text", "text": "What?"}]
 
@@ -96,9 +100,80 @@ def test_questions_stand_alone(tmp_path: Path) -> None:
     assert two.messages[1]["content"] == [{"type": "video"}, {"type": "text", "text": "Two?"}]
 
 
+def test_null_counts_as_absent(tmp_path: Path) -> None:
+    part = {"type": "video", "video": "a.mp4", "fps": None, "max_frames": None, "text": None}
+    nulls = {
+        "id": None,
+        "images": None,
+        "audios": None,
+        "system": None,
+        "level": None,
+        "spans": {"a": None, "b": [None]},
+    }
+    lines = manifest(
+        tmp_path,
+        {**nulls, "messages": [user([part, {"type": "text", "text": "?", "video": None}], loss=None), ANSWER]},
+        {"id": float("nan"), "messages": [user("<video>?"), {**ANSWER, "loss": None}], "videos": ["a.mp4"]},
+    )
+    assert [line.id for line in lines] == ["1", "2"]
+    assert lines[0].messages == lines[1].messages
+    assert lines[0].media == lines[1].media == (MediaPart("video", tmp_path / "a.mp4"),)
+    assert (lines[0].meta, lines[1].meta) == ({"spans": {"b": [None]}}, {})
+
+
+def test_byte_order_marks_are_no_content(tmp_path: Path) -> None:
+    line = json.dumps({"id": "x", "messages": [user("Hi"), ANSWER]})
+    (tmp_path / "m.jsonl").write_text(f"\ufeff{line}\n\ufeff\n\ufeff{line}\n", "utf-8")
+    assert [found.id for found in Manifest(tmp_path / "m.jsonl")] == ["x", "x (line 3)"]
+
+
+def test_every_line_has_an_id_of_its_own_that_lasts(tmp_path: Path) -> None:
+    given = [7, "7", None, "4", "b", "b", "b (line 6)", "b", ""]
+    lines = [{"id": name, "messages": [user("Hi")]} for name in given]
+    ids = [
+        line.id
+        for line in manifest(tmp_path, *lines, {"messages": [user("Hi")]}, {"id": "11", "messages": []}, "{")[:10]
+    ]
+    assert ids == ["7", "7 (line 2)", "3", "4", "b", "b (line 6)'", "b (line 6)", "b (line 8)", "9", "10"]
+    assert [line.id for line in Manifest(tmp_path / "m.jsonl")[:10]] == ids
+
+
+@given(st.lists(st.none() | st.sampled_from(["1", "2", "3", "2 (line 3)", "a", 2]), min_size=1, max_size=8))
+def test_ids_are_unique(names: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lines = manifest(Path(folder), *({"id": name, "messages": [user("Hi")]} for name in names))
+        ids = [line.id for line in lines]
+    assert len(set(ids)) == len(ids)
+    for index, name in enumerate(names):
+        if name is not None and str(name) not in map(str, names[:index]):
+            assert ids[index] == str(name)
+
+
+def test_the_key_system_is_a_message_before_all_others(tmp_path: Path) -> None:
+    spoken = {"role": "system", "content": "Be brief."}
+    lines = manifest(
+        tmp_path,
+        {"messages": [user("Hi"), ANSWER], "system": "Be brief."},
+        {"messages": [spoken, user("Hi"), ANSWER], "system": "Be brief."},
+        {"messages": [spoken, user("Hi"), ANSWER], "system": ""},
+        {"messages": [spoken, user("Hi"), ANSWER], "system": "Be long."},
+        {"messages": [user("Hi")], "system": ["a"]},
+        {"messages": [user(3)], "system": "a"},
+    )
+    for line in lines[:3]:
+        assert line.messages == (spoken, user("Hi"), ANSWER)
+        assert line.meta == {}
+        assert [question.messages[0] for question in line.questions()] == [spoken]
+    for index, told in ((3, "'system': the messages have another"), (4, "'system': a string"), (5, r"messages\[0\]")):
+        with pytest.raises(ManifestError, match=told):
+            lines[index]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ({"messages": [user("?"), {**ANSWER, "loss": 0}]}, r"key 'messages\[1\].loss': true or false"),
+        ({"messages": [user("?", loss=True)]}, r"key 'messages\[0\].loss': only assistant messages are learnt"),
         ('{"messages": [', r"line 2: no valid JSON"),
         ("[1]", r"line 2: a JSON object is needed, this is a list"),
         ({"mesages": []}, r"line 2, key 'messages': missing.*is 'mesages' meant\?"),

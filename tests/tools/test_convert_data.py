@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tools import convert_data
 
 from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import Manifest
+from tests.data.media_files import MediaSpec, write_media
 
 
 @pytest.fixture
@@ -69,3 +71,41 @@ def test_mistakes_on_the_command_line(table: Path, tmp_path: Path) -> None:
         convert_data.main([str(table), str(tmp_path / "m.jsonl"), "--columns", "file=path"])
     table.write_text("path,question\n")
     assert convert_data.main([str(table), str(tmp_path / "m.jsonl")]) == 1
+
+
+@pytest.mark.parametrize("asked", ["<video><audio>Who?", "<video>\n<audio>Who?", "<audio><video>Who?"])
+def test_sound_beside_its_video_is_heard_once(asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video, silent = written(tmp_path / "clip.mp4"), written(tmp_path / "silent.mp4", audio_seconds=0)
+    file = {"seconds": 0.0, "audio_codec": "pcm_s16le"}
+    same = written(tmp_path / "same.wav", audio_seconds=4.0, **file)
+    other = written(tmp_path / "other.wav", audio_seconds=1.5, **file)
+    parts = [{"type": "video", "video": str(video)}, {"type": "audio", "audio": str(same)}]
+    rows = [
+        {"messages": [user(asked)], "videos": [str(video)], "audios": [str(same)]},
+        {"messages": [user(asked)], "videos": [str(video)], "audios": [str(other)]},
+        {"messages": [user(asked)], "videos": [str(silent)], "audios": [str(same)]},
+        {"messages": [user("<video>Who?<audio>")], "videos": [str(video)], "audios": [str(same)]},
+        {"messages": [user(f"{asked}<audio>")], "videos": [str(video)], "audios": [str(same), str(other)]},
+        {"messages": [user([*parts, {"type": "text", "text": "Who?"}])]},
+        {"video": str(video), "audio": str(same), "question": "Who?"},
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    out = tmp_path / "m.jsonl"
+    assert convert_data.main([str(tmp_path / "in.json"), str(out)]) == 0
+    told = capsys.readouterr().err
+    assert told.count("would be heard twice") == told.count("of another length") == 1
+    assert "4 entries have a video with sound and, beside it, a sound file of the same length" in told
+    assert "The video's own is kept, the file is left out; --sound both keeps both" in told
+    sounds = [[part.path.name for part in line.media if part.kind == "audio"] for line in Manifest(out)]
+    assert sounds == [[], ["other.wav"], ["same.wav"], ["same.wav"], ["other.wav"], [], []]
+    assert convert_data.main([str(tmp_path / "in.json"), str(out), "--sound", "both"]) == 0
+    assert "sound" not in capsys.readouterr().err.replace(str(tmp_path), "")
+    assert sum(part.kind == "audio" for line in Manifest(out) for part in line.media) == 8
+
+
+def written(path: Path, **spec: Any) -> Path:
+    return write_media(path, MediaSpec(**spec))
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}

@@ -84,8 +84,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniProcessor:
-    """Wrap the tokenizer and stock feature extractors (frames from 56 x 56 pixels up are not enlarged)."""
+    """Wrap the tokenizer and stock feature extractors (frames from 56 x 56 pixels up are not enlarged).
+
+    The stock processor's call has a size of its own for videos, which counts before that of its video processor's file.
+    Only what the tokenizer's file says counts before both.
+    """
     size = {"shortest_edge": 56 * 56, "longest_edge": 768 * 28 * 28}
+    tokenizer.init_kwargs["size"] = size
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
         video_processor=Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False),

@@ -12,7 +12,10 @@ from omnisieve.data.errors import DataError
 from omnisieve.data.tokens import IGNORED
 
 Message = Mapping[str, Any]
-"""{"role": ..., "content": a string, or a list of parts {"type": "text", "text": ...} and {"type": "video"}}."""
+"""{"role": ..., "content": a string, or a list of parts {"type": "text", "text": ...} and {"type": "video"}}.
+
+An assistant message with `"loss": False` is not supervised.
+"""
 
 
 class ChatFormat:
@@ -36,8 +39,8 @@ class ChatFormat:
             generation_prompt: end with the header of the answer to come.
 
         Returns:
-            input_ids [n] and labels [n], int64; a label is the token's id in every assistant turn including its
-            end token, -100 elsewhere.
+            input_ids [n] and labels [n], int64; a label is the token's id in every supervised assistant turn
+            including its end token, -100 elsewhere.
 
         Raises:
             DataError: the chat template does not suit the tokenizer, or rewrites earlier turns.
@@ -46,13 +49,13 @@ class ChatFormat:
         encoded = self.tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"]
         ids = [np.asarray(part, dtype=np.int64) for part in encoded]
         labels = [
-            self._answer_labels(part) if answer else np.full(len(part), IGNORED)
-            for part, (_, answer) in zip(ids, pieces, strict=True)
+            self._answer_labels(part) if supervised else np.full(len(part), IGNORED)
+            for part, (_, supervised) in zip(ids, pieces, strict=True)
         ]
         return np.concatenate(ids), np.concatenate(labels)
 
     def _pieces(self, messages: Sequence[Message], generation_prompt: bool) -> list[tuple[str, bool]]:
-        """The rendered text, cut where answers start and end: (text, whether it is an answer)."""
+        """The rendered text, cut where answers start and end: (text, whether it is supervised)."""
         pieces: list[tuple[str, bool]] = []
         done = ""
         for index, message in enumerate(messages):
@@ -65,7 +68,7 @@ class ChatFormat:
                     "the chat template rewrites earlier turns when a turn is added, so answers cannot be told "
                     "from prompts; use a template that only appends"
                 )
-            pieces += [(prompt[len(done) :], False), (answer[len(prompt) :], True)]
+            pieces += [(prompt[len(done) :], False), (answer[len(prompt) :], message.get("loss", True))]
             done = answer
         if not pieces or generation_prompt or messages[-1]["role"] != "assistant":
             pieces.append((self._render(messages, generation_prompt)[len(done) :], False))

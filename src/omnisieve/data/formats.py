@@ -5,30 +5,38 @@ What an entry may be, by its keys:
 | keys | form |
 |---|---|
 | `messages` | messages form already; only its paths change |
-| `conversations` | ShareGPT, LLaVA, LLaVA-Video: turns of `from` and `value`; `video(s)`, `audio(s)`, `image(s)` |
-| otherwise | a path, a question and perhaps an answer, in columns |
+| `conversations` | ShareGPT, LLaVA, LLaVA-Video: turns of `from` and `value`, or of `role` and `content` |
+| `query`, `instruction` | ms-swift, Alpaca: perhaps with `response` or `output`, and `history`, pairs of texts |
+| otherwise | a path, a question and perhaps an answer and options, in columns |
 
-All other keys are kept, `id` among them.
+All but the last have files in `video(s)`, `audio(s)`, `image(s)`, and perhaps `system`. All other keys are kept, `id`
+among them. A key that is null (or NaN) counts as absent; an answer that is there but null is no answer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from omnisieve.data.manifest import KINDS, ManifestError, no_path, parse_line
+from omnisieve.data.choices import ask, options_of
+from omnisieve.data.doubled_sound import doubled_sounds, without_sounds
+from omnisieve.data.manifest import KINDS, Conversation, ManifestError, no_path, parse_line
+from omnisieve.data.media import MediaReader
 from omnisieve.data.sources import Entry, FormatError, kind_of_entry
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
-_PATH_COLUMNS = ("path", "video", "video_path", "audio", "audio_path", "image", "image_path", "file_name")
+_PAIRS = (("query", "response"), ("instruction", "output"))
+_TURN_KEYS = (("from", "value"), ("role", "content"))
+_PATH_COLUMNS = ("path", *(name for kind in KINDS for name in (kind, f"{kind}_path", f"{kind}s")), "file_name")
 # LLaVA's line breaks between a placeholder and the text separate the two and are part of neither.
 _PLACEHOLDER = re.compile(r"\n*(<(?:video|audio|image)>)\n*")
 
@@ -38,13 +46,15 @@ class Columns:
     """Names of the columns of a table.
 
     Attributes:
-        path: of the media file; None: the first that exists of path, video, video_path, audio, ..., file_name.
+        path: of the media file; None: path, or else those of video, video_path, videos, audio, ..., or else file_name.
         question, answer: of the texts; entries without such an answer column are unlabelled.
+        options: of the answers to choose from, see `choices.options_of`.
     """
 
     path: str | None = None
     question: str = "question"
     answer: str = "answer"
+    options: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,12 @@ class Skipped:
 
 
 class Converter:
-    """Entries to lines of a manifest."""
+    """Entries to lines of a manifest.
+
+    Attributes:
+        doubled: entries whose videos' sound was there as a file, too, which was left out.
+        beside: entries that have other sound files beside a video with sound; all are heard.
+    """
 
     def __init__(
         self,
@@ -67,6 +82,7 @@ class Converter:
         columns: Columns | None = None,
         question: str | None = None,
         allow_missing: bool = False,
+        sound: Literal["video", "both"] = "video",
     ) -> None:
         """
         Args:
@@ -75,26 +91,30 @@ class Converter:
             columns: of a table.
             question: asked where an entry has none.
             allow_missing: take media files that are not there.
+            sound: "video": a sound file that says what its video says again is left out; "both": all are kept.
         """
+        self.doubled = self.beside = 0
         self._out = out
         self._folder = out.parent.resolve()
         self._root = media_root
         self._columns = columns or Columns()
         self._question = question
         self._allow_missing = allow_missing
+        self._reader = MediaReader() if sound == "video" else None
 
     def convert(self, entry: Entry) -> str | Skipped:
         """One line of the manifest, without its end; or why there is none."""
-        identity = str(entry.row["id"]) if entry.row.get("id") is not None else None
+        own = entry.row.get("id")
+        identity = None if is_absent(own) or own == "" else str(own)
         try:
             if entry.error is not None:
                 raise FormatError(entry.error)
             row = self._with_places(to_messages(entry.row, self._columns, self._question, self._root))
             if identity is None:
+                row.pop("id", None)
                 row = {"id": entry.where.removeprefix("file "), **row}
-            text = json.dumps(row, ensure_ascii=False)
             # What is written can be read: the manifest's own rules decide.
-            conversation = parse_line(text, self._out, 0)
+            conversation = parse_line(_line(row), self._out, 0)
         except ManifestError as error:
             return Skipped(entry.where, identity, str(error).removeprefix(f"{self._out}, line 0, "))
         except (FormatError, TypeError) as error:
@@ -103,7 +123,13 @@ class Converter:
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             return Skipped(entry.where, identity, f"{os.path.normpath(missing[0])}: there is no such file")
-        return text
+        return _line(row if self._reader is None else self._heard_once(row, conversation, self._reader))
+
+    def _heard_once(self, row: dict[str, Any], conversation: Conversation, reader: MediaReader) -> dict[str, Any]:
+        doubled, others = doubled_sounds(conversation, reader)
+        self.doubled += bool(doubled)
+        self.beside += others
+        return without_sounds(row, doubled) if doubled else row
 
     def _with_places(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with paths relative to the manifest, in lists and in parts."""
@@ -152,6 +178,22 @@ class Converter:
         return f"{folder}/{path.name}"
 
 
+def is_absent(value: Any) -> bool:
+    """Whether a value stands for none: null, or not a number, as tables write it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def without_absent(value: Any) -> Any:
+    """A value without the keys whose values stand for none; Arrow gives every row all keys of all rows."""
+    if isinstance(value, Mapping):
+        return {key: without_absent(item) for key, item in value.items() if not is_absent(item)}
+    return [without_absent(item) for item in value] if isinstance(value, list) else value
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
 def to_messages(
     row: Mapping[str, Any], columns: Columns, question: str | None = None, root: Path = Path()
 ) -> dict[str, Any]:
@@ -160,26 +202,64 @@ def to_messages(
     Raises:
         FormatError: it has none of the forms.
     """
-    if row.get("messages") is not None:
-        return dict(row)
-    if row.get("conversations") is not None:
-        return _from_sharegpt(row)
+    present = without_absent(row)
+    if "messages" in present:
+        return present
+    if "conversations" in present:
+        return _from_sharegpt(present)
+    for question_key, answer_key in _PAIRS:
+        if question_key in present and columns.question not in present:
+            return _from_pairs(row, question_key, answer_key)
     return _from_table(row, columns, question, root)
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns with `from` and `value`.
-
-    Without any placeholder the files go before the first question. LLaVA-Video writes `<image>` where its video goes.
-    """
-    files = {f"{kind}s": _files(row, kind) for kind in KINDS}
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
         raise FormatError("'conversations' is no list of turns")
     messages = [_turn(turn, index) for index, turn in enumerate(turns)]
-    if isinstance(row.get("system"), str) and row["system"]:
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    asked = [message for message in messages if message["role"] == "user"]
+    return _with_files({key: value for key, value in row.items() if key != "conversations"}, messages)
+
+
+def _turn(turn: Any, index: int) -> dict[str, Any]:
+    where = f"conversations[{index}]"
+    keys = next((keys for keys in _TURN_KEYS if isinstance(turn, Mapping) and keys[0] in turn), None)
+    if keys is None:
+        raise FormatError(f"{where} is no object with 'from' and 'value', or 'role' and 'content'")
+    role = _ROLES.get(str(turn[keys[0]]))
+    if role is None:
+        raise FormatError(f"{where}.{keys[0]} is {turn[keys[0]]!r}; one of {', '.join(_ROLES)} is needed")
+    content = turn.get(keys[1])
+    # What is in parts is messages form already.
+    if not isinstance(content, str) and not (keys[1] == "content" and isinstance(content, list)):
+        raise FormatError(f"{where}.{keys[1]}: a string is needed")
+    return {**{k: v for k, v in turn.items() if k not in keys}, "role": role, "content": content}
+
+
+def _from_pairs(row: Mapping[str, Any], question_key: str, answer_key: str) -> dict[str, Any]:
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise FormatError("'history' is no list of pairs, a question and its answer each")
+    question = row[question_key]
+    if row.get("input"):  # Alpaca's own addition
+        question = f"{question}\n{row['input']}"
+    messages = []
+    for asked, *answer in (*history, [question, *([row[answer_key]] if answer_key in row else [])]):
+        if not isinstance(asked, str):
+            raise FormatError(f"a question is {asked!r}; a string is needed")
+        messages.append({"role": "user", "content": asked})
+        messages += [{"role": "assistant", "content": _answer(text, answer_key)} for text in answer]
+    taken = (question_key, answer_key, "history", "input")
+    return _with_files({key: value for key, value in without_absent(row).items() if key not in taken}, messages)
+
+
+def _with_files(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Messages with the files of a row, whose other keys are kept.
+
+    Without any placeholder the files go before the first question. LLaVA-Video writes `<image>` where its video goes.
+    """
+    files = {f"{kind}s": _files(row, kind) for kind in KINDS}
+    asked = [m for m in messages if m["role"] == "user" and isinstance(m["content"], str)]
     for message in asked:
         message["content"] = _PLACEHOLDER.sub(r"\1", message["content"])
         if files["videos"] and not files["images"]:
@@ -187,21 +267,24 @@ def _from_sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
     if asked and not any(_PLACEHOLDER.search(message["content"]) for message in asked):
         tags = "".join(f"<{kind}>" * len(files[f"{kind}s"]) for kind in KINDS)
         asked[0]["content"] = tags + asked[0]["content"]
-    taken = {"conversations", "system", *KINDS, *files}
-    rest = {key: value for key, value in row.items() if key not in taken}
+    rest = {key: value for key, value in row.items() if key not in (*KINDS, *files)}
     return {**rest, "messages": messages, **{name: values for name, values in files.items() if values}}
 
 
-def _turn(turn: Any, index: int) -> dict[str, Any]:
-    where = f"conversations[{index}]"
-    if not isinstance(turn, Mapping):
-        raise FormatError(f"{where} is no object with 'from' and 'value'")
-    role = _ROLES.get(str(turn.get("from")))
-    if role is None:
-        raise FormatError(f"{where}.from is {turn.get('from')!r}; one of {', '.join(_ROLES)} is needed")
-    if not isinstance(turn.get("value"), str):
-        raise FormatError(f"{where}.value: a string is needed")
-    return {**{k: v for k, v in turn.items() if k not in ("from", "value")}, "role": role, "content": turn["value"]}
+def _answer(value: Any, column: str) -> str:
+    """An answer as text; numbers and truth values as JSON writes them.
+
+    Raises:
+        FormatError: it is not one text.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    if is_absent(value) or value == "" or isinstance(value, str):
+        what = "empty" if value is None or isinstance(value, str) else "not a number (NaN)"
+        raise FormatError(f"the answer, column {column!r}, is {what}")
+    if not isinstance(value, bool | int | float) or value in (math.inf, -math.inf):
+        raise FormatError(f"the answer, column {column!r}, is {value!r}; one text is needed")
+    return json.dumps(value)
 
 
 def _files(row: Mapping[str, Any], kind: str) -> list[Any]:
@@ -213,23 +296,35 @@ def _files(row: Mapping[str, Any], kind: str) -> list[Any]:
 
 
 def _from_table(row: Mapping[str, Any], columns: Columns, question: str | None, root: Path) -> dict[str, Any]:
-    name = columns.path or next((name for name in _PATH_COLUMNS if row.get(name)), "path")
-    if not row.get(name):
-        raise FormatError(f"no path: the columns are {', '.join(map(repr, row))}; name one with --columns path=NAME")
-    asked = row.get(columns.question) or question
+    present = without_absent(row)
+    media = _media(present, columns, root)
+    asked = present.get(columns.question) or question
     if not isinstance(asked, str):
         raise FormatError(
             f"no question in column {columns.question!r}; name another with --columns question=NAME, or add --question"
         )
-    file = row[name]
-    kind = next((kind for kind in KINDS if name.startswith(kind)), "video")
-    if kind == "video":  # as such columns are named whatever is in them
-        kind = kind_of_entry(file, root)
-    messages = [{"role": "user", "content": [{"type": kind, kind: file}, {"type": "text", "text": asked}]}]
-    if columns.answer in row:
-        answer = row[columns.answer]
-        if answer is None or answer == "":
-            raise FormatError(f"the answer, column {columns.answer!r}, is empty")
-        messages.append({"role": "assistant", "content": str(answer)})
-    taken = {name, columns.question, columns.answer}
-    return {**{key: value for key, value in row.items() if key not in taken}, "messages": messages}
+    options, used = options_of(present, columns.options)
+    answer = _answer(row[columns.answer], columns.answer) if columns.answer in row else None
+    text = ask(asked, options, answer) if options else asked
+    parts = [{"type": kind, kind: file} for _, kind, file in media]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    taken = {*(name for name, *_ in media), columns.question, columns.answer, *used}
+    return {**{key: value for key, value in present.items() if key not in taken}, "messages": messages}
+
+
+def _media(row: Mapping[str, Any], columns: Columns, root: Path) -> list[tuple[str, str, Any]]:
+    """Column, kind and file of the media of a row: of the column `path`, or of one column for each kind."""
+    found = [name for name in ([columns.path] if columns.path else _PATH_COLUMNS) if row.get(name)]
+    if not found:
+        raise FormatError(f"no path: the columns are {', '.join(map(repr, row))}; name one with --columns path=NAME")
+    kinds = [next((kind for kind in KINDS if name.startswith(kind)), None) for name in found]
+    chosen = [0] if kinds[0] is None else [kinds.index(kind) for kind in KINDS if kind in kinds]
+    files = {index: value if isinstance(value := row[found[index]], list) else [value] for index in chosen}
+    # Columns are named after video whatever is in them.
+    return [
+        (found[index], kind_of_entry(file, root) if kinds[index] in (None, "video") else str(kinds[index]), file)
+        for index in chosen
+        for file in files[index]
+    ]

@@ -10,8 +10,12 @@ One line is one conversation:
 
 or with tags in a string: `"content": "<video>What is said?"` beside `"videos": ["clips/7.mp4"]`, likewise `<image>`
 with `images` and `<audio>` with `audios`; a tag takes the next file of its list. Paths are relative to the
-manifest's folder. Every other key, of the line or of a message, is kept. `id` defaults to the line's number. Whether a
+manifest's folder. Every other key, of the line or of a message, is kept; one that is null counts as absent. Whether a
 video has sound is read from the file, never from the manifest. Other layouts are converted, see `formats`.
+
+`id` defaults to the line's number, and one that an earlier line has gets its line behind it: "clip-7 (line 12)". Two
+more keys mean what they do in ms-swift: `system` of a line is a system message before all others, and `"loss": false`
+of an assistant message keeps training from learning it.
 
 A line that breaks these rules is an error of the manifest. A line whose text holds a mark that the models' templates
 write (`<|VIDEO|>`, `<|im_end|>`) is read, but is no sample that can be used: see `Conversation.mark`.
@@ -76,7 +80,7 @@ class Conversation:
     """One line of a manifest.
 
     Attributes:
-        id: its own, or the line's number.
+        id: its own, or made of the line's number; no two of a manifest are the same.
         messages: {"role", "content", ...}; content is a string or parts {"type": "text", "text"} / {"type": KIND}.
         media: in the order of their parts.
         meta: the line's other keys.
@@ -153,7 +157,9 @@ class Manifest(Sequence[Conversation]):
             raise ManifestError(f"{path}: there is no such manifest; give the path of a JSONL file")
         try:
             with self.path.open(encoding="utf-8") as file:
-                lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+                # Files that were joined have byte-order marks within.
+                lines = [(number, line.lstrip("\ufeff")) for number, line in enumerate(file, 1)]
+                lines = [(number, line) for number, line in lines if line.strip()]
         except UnicodeDecodeError as error:
             raise ManifestError(f"{path}: the manifest is not UTF-8 ({error}); save it as such") from error
         except OSError as error:
@@ -163,7 +169,7 @@ class Manifest(Sequence[Conversation]):
         # As text: typed columns would force one schema on contents that are strings here and lists there. From
         # memory: `load_dataset` would write a second copy to disk and count the call on a server.
         numbers, texts = zip(*lines, strict=True)
-        self._table = datasets.Dataset.from_dict({"line": numbers, "text": texts})
+        self._table = datasets.Dataset.from_dict({"line": numbers, "text": texts, "id": _ids(numbers, texts)})
 
     def __len__(self) -> int:
         return len(self._table)
@@ -173,7 +179,7 @@ class Manifest(Sequence[Conversation]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self._table[int(index)]
-        return parse_line(row["text"], self.path, row["line"])
+        return replace(parse_line(row["text"], self.path, row["line"]), id=row["id"])
 
     def check(self, limit: int | None = None, *, files: bool = True) -> list[str]:
         """Read the first `limit` lines, or all, and with `files` look for their media files.
@@ -243,6 +249,43 @@ def no_path(text: str) -> str | None:
     return None
 
 
+def _ids(lines: Sequence[int], texts: Sequence[str]) -> list[str]:
+    """An id for each line that is the same whenever the file is read, and no other line's."""
+    own = [_own_id(text) for text in texts]
+    taken = {name for name in own if name is not None}
+    first: set[str] = set()
+    ids = []
+    for line, name in zip(lines, own, strict=True):
+        chosen = str(line) if name is None else name
+        if chosen in (taken if name is None else first):
+            chosen = f"{chosen} (line {line})"
+            while chosen in taken:
+                chosen += "'"
+            taken.add(chosen)
+        first.add(chosen)
+        ids.append(chosen)
+    return ids
+
+
+def _own_id(text: str) -> str | None:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # said when the line is read
+    name = row.get("id") if isinstance(row, dict) else None
+    if name is None or name == "" or name != name:  # some write NaN for a missing number
+        return None
+    # Half a character would break the column; it is said when the line is read.
+    return str(name).encode(errors="replace").decode()
+
+
+def without_null(value: Any) -> Any:
+    """A JSON value without the keys whose values are null; Arrow gives every row all keys of all rows."""
+    if isinstance(value, Mapping):
+        return {key: without_null(item) for key, item in value.items() if item is not None}
+    return [without_null(item) for item in value] if isinstance(value, list) else value
+
+
 def parse_line(text: str, path: Path, line: int) -> Conversation:
     """One line of the manifest `path`.
 
@@ -262,6 +305,7 @@ def parse_line(text: str, path: Path, line: int) -> Conversation:
         raise ManifestError(f"{path}, line {line}: half a character (a lone surrogate such as \\ud83d); write it whole")
     if not isinstance(row, dict):
         raise ManifestError(f"{path}, line {line}: a JSON object is needed, this is a {type(row).__name__}")
+    row = without_null(row)
     messages = row.get("messages")
     if messages is None:
         near = difflib.get_close_matches("messages", list(row), 1)
@@ -271,6 +315,7 @@ def parse_line(text: str, path: Path, line: int) -> Conversation:
         raise wrong("messages", f"missing, the line has {sorted(row)}{hint}")
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "a non-empty list is needed")
+    system = _system(row, messages, wrong)
     queues = {kind: _files(row, kind, wrong) for kind in KINDS}
     media: list[MediaPart] = []
     parsed = [
@@ -278,8 +323,20 @@ def parse_line(text: str, path: Path, line: int) -> Conversation:
     ]
     if left := [f"{kind}s" for kind in KINDS if queues[kind]]:
         raise wrong(left[0], f"more files than <{left[0][:-1]}> tags in the messages")
-    meta = {key: value for key, value in row.items() if key not in ("id", "messages", "videos", "audios", "images")}
-    return Conversation(str(row.get("id", line)), tuple(parsed), tuple(media), meta)
+    taken = ("id", "messages", "system", *(f"{kind}s" for kind in KINDS))
+    meta = {key: value for key, value in row.items() if key not in taken}
+    return Conversation(str(row.get("id", line)), (*system, *parsed), tuple(media), meta)
+
+
+def _system(row: Mapping[str, Any], messages: Sequence[Any], wrong: Any) -> list[dict[str, Any]]:
+    """The message that the line's key `system` stands for, if it is not among them."""
+    text = row.get("system", "")
+    if not isinstance(text, str):
+        raise wrong("system", "a string is needed")
+    own = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
+    if own and text not in ("", own[0]):
+        raise wrong("system", "the messages have another system message; keep one of the two")
+    return [{"role": "system", "content": text}] if text and not own else []
 
 
 def _files(row: Mapping[str, Any], kind: str, wrong: Any) -> list[str]:
@@ -306,6 +363,10 @@ def _message(
     """One message with normalised content; its media are appended to `media`."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise wrong(f"{key}.role", f"one of {', '.join(ROLES)} is needed")
+    if not isinstance(message.get("loss", False), bool):
+        raise wrong(f"{key}.loss", "true or false is needed")
+    if message.get("loss") and message["role"] != "assistant":
+        raise wrong(f"{key}.loss", f"only assistant messages are learnt, this one is {message['role']!r}")
     content = message.get("content")
     if isinstance(content, str) and message["role"] != "assistant":
         content = _split_tags(content)

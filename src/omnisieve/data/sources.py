@@ -3,7 +3,7 @@
 | source | what it is |
 |---|---|
 | json | JSON lines, or a JSON file that holds a list |
-| csv | a table with a header; tabs separate a `.tsv` file |
+| csv | a table with a header; commas, semicolons or tabs separate its columns, as they do in the header |
 | folder | every media file in a folder and the folders in it; an entry has a path and nothing else |
 | hf | a Hugging Face data set: a folder that `save_to_disk` wrote, a folder of data files, or a name on the hub |
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ _SUFFIXES = {
     "image": "png jpg jpeg jpe jfif webp bmp gif apng tif tiff avif jp2 pgm ppm",
 }
 _KIND_OF = {f".{suffix}": kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+
+
+_DELIMITERS = (",", ";", "\t")
+_LONGEST_FIELD = 2**31 - 1
+"""In a table; the csv module stops at 131,072 characters by itself, and may not know larger numbers than this."""
 
 
 class FormatError(DataError):
@@ -126,8 +132,11 @@ def _entry(where: str, row: Any) -> Entry:
 
 
 def _read_csv(path: Path) -> Iterator[Entry]:
+    csv.field_size_limit(_LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        delimiter = _delimiter(file.readline(), "\t" if path.suffix.lower() == ".tsv" else ",")
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(reader, [])
         if not header or len(set(header)) < len(header):
             raise FormatError(f"{path}: the first line must name each column once, it has {header}")
@@ -139,6 +148,12 @@ def _read_csv(path: Path) -> Iterator[Entry]:
             elif cells:
                 yield Entry(f"line {first}", dict(zip(header, cells, strict=True)))
             first = reader.line_num + 1
+
+
+def _delimiter(header: str, usual: str) -> str:
+    """What separates most columns; the usual one if several do."""
+    unquoted = re.sub('"[^"]*"', "", header)
+    return max((usual, *_DELIMITERS), key=unquoted.count)
 
 
 def _read_folder(folder: Path) -> Iterator[Entry]:
@@ -176,11 +191,4 @@ def _read_rows(data: Any) -> Iterator[Entry]:
     for table in data.with_format("arrow").iter(100):
         for row in table.to_pylist():
             number += 1
-            yield Entry(f"row {number}", _without_nulls(row))
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every row all keys of all rows; those it did not have are null."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+            yield Entry(f"row {number}", row)

@@ -6,8 +6,6 @@ needs only its own way from its files to `Conversation`s and its own `is_correct
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from omnisieve.data.batch import Sample
 from omnisieve.data.dataset import MediaLoader
 from omnisieve.data.errors import DataError, SampleError
 from omnisieve.data.manifest import Conversation, ManifestError
+from omnisieve.evaluation.matching import is_same
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Benchmark(Protocol):
 
 
 class ManifestBenchmark:
-    """Every question turn of a manifest, asked on its own, right if it equals the manifest's answer."""
+    """Every question turn of a manifest, asked on its own, right if it says what the manifest's answer says."""
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class ManifestBenchmark:
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def is_correct(self, predicted: str, expected: str) -> bool:
-        return normalise(predicted) == normalise(expected)
+        return is_same(predicted, expected)
 
 
 def with_questions(name: str, conversations: Iterable[Conversation]) -> list[Conversation]:
@@ -136,9 +135,3 @@ def with_questions(name: str, conversations: Iterable[Conversation]) -> list[Con
     if ids.most_common(1)[0][1] > 1:
         raise ManifestError(f"{name}: two lines have the id {ids.most_common(1)[0][0]!r}; ids must be unique")
     return asking
-
-
-def normalise(text: str) -> str:
-    """Answers that differ in case, punctuation, articles or spacing only are the same answer."""
-    words = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).casefold()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
