@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.data.media_files import MediaSpec, write_media
 from tests.data.stock import BACKBONE, save_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
+CONTENT = base64.b64encode(bytes(range(256)) * 3).decode()
 PRINTED = "Qwen/Qwen2.5-Omni-7B"
 
 
@@ -95,7 +97,7 @@ def test_kinds_are_told_by_content(clip: Path, tmp_path: Path) -> None:
     for text, told in (
         ("https://a.org/b.mp4", "is an address"),
         ("file:///b.mp4", "is a file URL"),
-        ("A" * 900, "base64"),
+        (CONTENT, "base64"),
     ):
         with pytest.raises(DataError, match=told):
             prepare(model, processor, text, "What?")
