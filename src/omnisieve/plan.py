@@ -115,7 +115,7 @@ class Plan:
         counts = round_count((total - self.kept) * share)
         if share < 1:
             counts_ = torch.from_numpy(counts).to(dropped.device, non_blocking=True)
-            dropped = topk_mask(layout.noise(seed), dropped, counts_)
+            dropped = topk_mask(layout.noise(seed), dropped, counts_, None)
         return replace(self, candidates=dropped, candidate_counts=counts)
 
     def apply(

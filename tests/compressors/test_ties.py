@@ -159,7 +159,7 @@ def test_rounding_does_not_decide_between_equal_scores(
     ranks = rank_in_group(-(exact + size * noise)[None], group, 1, size)[0]
     assert torch.equal(ranks[valid], expected[valid])
     if valid.any():
-        first = first_largest((exact + size * noise).masked_fill(~valid, -torch.inf), size * ROUNDING)
+        first = first_largest((exact / size + noise).masked_fill(~valid, -torch.inf))
         assert expected[first] == 0
 
 

@@ -192,9 +192,9 @@ class Compressor(Pretrained, nn.Module):
         counts = torch.from_numpy(self.counts_of(modality, layout)).to(scores.device, non_blocking=True)
         return Ranked(self.segments_of(modality, layout), counts, scores, scale)
 
-    def select(self, modality: Modality, scores: Tensor, layout: TokenLayout) -> Tensor:
+    def select(self, modality: Modality, scores: Tensor, layout: TokenLayout, scale: Scale = 0.0) -> Tensor:
         """[B, S] bool: what `ranked` keeps."""
-        return self.ranked(modality, scores, layout).keep()
+        return self.ranked(modality, scores, layout, scale).keep()
 
     def make_plan(
         self,

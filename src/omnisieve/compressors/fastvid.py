@@ -129,7 +129,7 @@ class FastVid(Compressor):
         rest = frames.valid & ~salient
         peaks, scale = density_peaks_with_itself(tokens, rest, NEIGHBOURS), distance_scale(tokens, rest, "euclidean")
         targets = topk_mask(peaks, rest, context_counts, scale / tokens.shape[-1])
-        audio = self.select(Modality.AUDIO, random_scores(layout, self.settings.seed), layout)
+        audio = self.select(Modality.AUDIO, random_scores(layout, self.settings.seed), layout, None)
         keep = frames.scatter(salient | targets, False) | audio
         merge = self._merge(tokens, rest, targets, scenes, frames, layout)
         return self.make_plan(layout, keep, scores=saliency, merge=merge)

@@ -226,7 +226,7 @@ class VisionZip(VisionZipOm):
             return super()._zip(modality, layout, needs)
         scores = random_scores(layout, self.settings.seed)
         nowhere = torch.zeros_like(scores, dtype=torch.long)
-        return Zip(self.select(modality, scores, layout), nowhere, torch.zeros_like(scores))
+        return Zip(self.select(modality, scores, layout, None), nowhere, torch.zeros_like(scores))
 
     def _in_order(self, modality: Modality, layout: TokenLayout, needs: Needs | None) -> Ranked:
         """Audio by chance."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from omnisieve.ops.similarity import symmetric, unit
-from omnisieve.ops.topk import ROUNDING, first_largest
+from omnisieve.ops.topk import ROUNDING
 
 
 def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
@@ -38,9 +38,10 @@ def maxmin_order(x: Tensor, valid: Tensor, count: int, weight: Tensor | None = N
         # A candidate's weight is common to all its distances, so scaling the nearest one is enough.
         gain = nearest if weight is None else nearest * weight
         gain = gain.masked_fill(~valid, -torch.inf)
-        # A weight also scales the rounding of the distances.
-        rounding = ROUNDING if weight is None else ROUNDING * weight.gather(-1, gain.argmax(dim=-1, keepdim=True))
-        pick = first_largest(gain, rounding)
+        largest, at = gain.max(dim=-1, keepdim=True)
+        # Of those that are the largest to rounding the first; a weight scales the rounding of the distances.
+        rounding = ROUNDING if weight is None else ROUNDING * weight.gather(-1, at)
+        pick = (gain >= largest - rounding).to(torch.uint8).argmax(dim=-1, keepdim=True)
         row = distance.gather(-2, pick.unsqueeze(-1).expand(*pick.shape, length)).squeeze(-2)
         # From the second pick on only distances to picked entries count.
         nearest = torch.minimum(nearest, row) if picks else row

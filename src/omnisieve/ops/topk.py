@@ -80,15 +80,10 @@ def new_levels(ordered: Tensor, scale: Scale = 0.0, apart: Tensor | None = None)
     return begins | (part != part.roll(1, dims=-1))
 
 
-def first_largest(values: Tensor, rounding: float | Tensor = ROUNDING) -> Tensor:
-    """Index of the first entry that is the largest to rounding, [..., 1] long.
-
-    Args:
-        values: [..., L].
-        rounding: by how much equal values may differ, or [..., 1].
-    """
-    largest = values.amax(dim=-1, keepdim=True)
-    return (values >= largest - rounding).to(torch.uint8).argmax(dim=-1, keepdim=True)
+def first_largest(cosines: Tensor) -> Tensor:
+    """Index of the first entry that is the largest to rounding, [..., 1] long, of cosines [..., L]."""
+    largest = cosines.amax(dim=-1, keepdim=True)
+    return (cosines >= largest - ROUNDING).to(torch.uint8).argmax(dim=-1, keepdim=True)
 
 
 def topk_mask(scores: Tensor, valid: Tensor, counts: Tensor, scale: Scale = 0.0) -> Tensor:
