@@ -194,7 +194,7 @@ def test_the_key_system_is_a_message_before_all_others(tmp_path: Path) -> None:
         ),
         (
             {"messages": [user([{"type": "audio", "audio": "a", "fps": 1}])]},
-            r"\.fps': unknown; the keys of audio parts are type, audio$",
+            r"\.fps': unknown; the keys of audio parts are type, audio, audio_track$",
         ),
         ({"messages": [user("<video>?")]}, r"key 'videos': fewer files than <video> tags"),
         ({"messages": [user("?")], "videos": ["a"]}, r"key 'videos': more files than <video> tags"),
@@ -306,3 +306,19 @@ def test_missing_and_empty_manifests_are_refused(tmp_path: Path) -> None:
         Manifest(tmp_path / "none.jsonl")
     with pytest.raises(ManifestError, match="has no lines"):
         manifest(tmp_path, "", "")
+
+
+def test_a_part_may_name_a_sound_track(tmp_path: Path) -> None:
+    parts = [
+        {"type": "video", "video": "a.mkv", "audio_track": 1},
+        {"type": "audio", "audio": "b.mka", "audio_track": 0},
+    ]
+    (line,) = manifest(tmp_path, {"messages": [user([*parts, {"type": "text", "text": "?"}]), ANSWER]})
+    assert [part.audio_track for part in line.media] == [1, 0]
+
+
+@pytest.mark.parametrize("track", [-1, 1.0, True, "1"])
+def test_a_sound_track_is_a_number_from_0_on(tmp_path: Path, track: object) -> None:
+    part = {"type": "video", "video": "a.mkv", "audio_track": track}
+    with pytest.raises(ManifestError, match=r"audio_track': the number of a sound track, from 0 on, is needed"):
+        manifest(tmp_path, {"messages": [user([part, {"type": "text", "text": "?"}]), ANSWER]})[0]

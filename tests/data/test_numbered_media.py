@@ -10,9 +10,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
+from omnisieve.data.dataset import MediaLoader
+from omnisieve.data.feature_cache import media_key
+from omnisieve.data.manifest import MediaPart
 from omnisieve.data.media import MediaError, MediaReader
+from omnisieve.data.preprocess import Preprocessor
 from tests.data.numbered_media import CASES, HEIGHT, WIDTH, Case, at, draw, number_of, pitch, pitches_of, shown, write
+from tests.data.stock import rules, stock_processor
 
 BY_NAME = {case.name: case for case in CASES}
 REFUSED = {"cut_between.mkv", "cut_between.ts", "cut_between.mp4", "cut_between_mpeg2.ts"}
@@ -71,6 +77,15 @@ def test_a_sound_track_can_be_named(tmp_path: Path, reader: MediaReader) -> None
         reader.read(path, audio_track=3)
     with pytest.raises(MediaError, match=r"sound track 0 is asked for, there is none"):
         reader.read(write(tmp_path, BY_NAME["open.mp4"]), audio_track=0)
+
+
+def test_a_part_of_a_manifest_names_the_track_that_is_heard(tmp_path: Path) -> None:
+    loader = MediaLoader(Preprocessor(stock_processor(), rules()))
+    path = write(tmp_path, BY_NAME["third_track.mkv"])
+    mels = [loader.load_part(MediaPart("video", path, audio_track=track)).mel for track in (None, 2, 0)]
+    assert torch.equal(mels[0], mels[1])
+    assert not torch.equal(mels[0], mels[2])
+    assert len({media_key(MediaPart("video", path, audio_track=track)) for track in (None, 0, 2)}) == 3
 
 
 def test_the_choice_of_a_track_is_told_once_for_each_file(

@@ -256,6 +256,7 @@ def sampling_of(part: MediaPart, default: Protocol | MediaLoader) -> dict[str, A
         "min_frames": default.min_frames,
         "max_frames": part.max_frames or default.max_frames,
         "placement": default.placement,
+        "audio_track": part.audio_track,
     }
 
 

@@ -46,7 +46,8 @@ def media_key(part: MediaPart) -> str:
     stat = os.stat(part.path)
     content = _content_hash(str(part.path), stat.st_size, stat.st_mtime_ns)
     sampling = "" if part.fps is None and part.max_frames is None else f"-{part.fps}-{part.max_frames}"
-    return f"{part.kind}-{content}{sampling}"
+    track = "" if part.audio_track is None else f"-track{part.audio_track}"
+    return f"{part.kind}-{content}{sampling}{track}"
 
 
 @lru_cache(maxsize=100_000)

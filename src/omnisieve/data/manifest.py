@@ -10,8 +10,9 @@ One line is one conversation:
 
 or with tags in a string: `"content": "<video>What is said?"` beside `"videos": ["clips/7.mp4"]`, likewise `<image>`
 with `images` and `<audio>` with `audios`; a tag takes the next file of its list. Paths are relative to the
-manifest's folder. Every other key, of the line or of a message, is kept; one that is null counts as absent. Whether a
-video has sound is read from the file, never from the manifest. Other layouts are converted, see `formats`.
+manifest's folder. `"audio_track": 1` in a part names a sound track, counted from 0. Every other key, of the line or of
+a message, is kept; one that is null counts as absent. Whether a video has sound is read from the file, never from the
+manifest. Other layouts are converted, see `formats`.
 
 `id` defaults to the line's number, and one that an earlier line has gets its line behind it: "clip-7 (line 12)". Two
 more keys mean what they do in ms-swift: `system` of a line is a system message before all others, and `"loss": false`
@@ -53,7 +54,12 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{256,}={0,2}\s*")
 _FEW_CHARACTERS = 20  # more than that are in the base64 of any file, and in few names
 _SHOWN = 60
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_SAMPLING: dict[str, Any] = {"fps": (int, float), "max_frames": (int,)}
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "video": ("fps", "max_frames", "audio_track"),
+    "audio": ("audio_track",),
+    "image": (),
+}
+"""Keys of a part that say how its file is read."""
 
 
 class ManifestError(DataError):
@@ -62,8 +68,9 @@ class ManifestError(DataError):
 
 @dataclass(frozen=True)
 class MediaPart:
-    """One medium of a conversation: `kind` "video", "audio" or "image", and how densely to sample a video.
+    """One medium of a conversation: `kind` "video", "audio" or "image", and how its file is read.
 
+    `fps` and `max_frames` sample a video, `audio_track` is the sound track to hear, if not the default one.
     `max_pixels` of a frame is set where a video is read more thinly for a limit on tokens: under a cap on the whole
     video, fewer frames would be larger. A manifest does not give it.
     """
@@ -73,6 +80,7 @@ class MediaPart:
     fps: float | None = None
     max_frames: int | None = None
     max_pixels: int | None = None
+    audio_track: int | None = None
 
 
 @dataclass(frozen=True)
@@ -396,22 +404,29 @@ def _part(part: Any, key: str, media: list[MediaPart], folder: Path, wrong: Any)
         return {"type": "text", "text": part["text"]}
     if kind not in KINDS:
         raise wrong(f"{key}.type", f"one of text, {', '.join(KINDS)} is needed, this is {kind!r}")
-    unknown = set(part) - {"type", kind} - (set(_SAMPLING) if kind == "video" else set())
-    if unknown:
-        raise wrong(
-            f"{key}.{min(unknown)}",
-            f"unknown; the keys of {kind} parts are type, {kind}" + (", fps, max_frames" * (kind == "video")),
-        )
+    known = ("type", kind, *_OPTIONS[kind])
+    if unknown := set(part) - set(known):
+        raise wrong(f"{key}.{min(unknown)}", f"unknown; the keys of {kind} parts are {', '.join(known)}")
     if not isinstance(part.get(kind), str):
         raise wrong(f"{key}.{kind}", "the path of the file is needed")
     if (problem := no_path(part[kind])) is not None:
         raise wrong(f"{key}.{kind}", problem)
-    for name, types in _SAMPLING.items():
-        value = part.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf):
-            raise wrong(f"{key}.{name}", f"a positive {'number' if float in types else 'integer'} is needed")
-    media.append(MediaPart(kind, folder / part[kind], part.get("fps"), part.get("max_frames")))
+    options = {name: part[name] for name in _OPTIONS[kind] if part.get(name) is not None}
+    for name, value in options.items():
+        if (needed := _not_valid(name, value)) is not None:
+            raise wrong(f"{key}.{name}", f"{needed} is needed")
+    media.append(MediaPart(kind, folder / part[kind], **options))
     return {"type": kind}
+
+
+def _not_valid(name: str, value: Any) -> str | None:
+    """What an option of a part should be; None if it is that."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "fps":
+        return None if number and 0 < value < math.inf else "a positive number"
+    if name == "audio_track":
+        return None if number and isinstance(value, int) and value >= 0 else "the number of a sound track, from 0 on,"
+    return None if number and isinstance(value, int) and value > 0 else "a positive integer"
 
 
 def _split_tags(text: str) -> list[dict[str, Any]]:
