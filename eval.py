@@ -25,13 +25,21 @@ def main() -> int:
         return fail(error)
     # Imported only now, so that help and mistakes in the configuration show at once.
     from omnisieve.evaluation.evaluate import USER_ERRORS, evaluate
-    from omnisieve.evaluation.report import check_answered, markdown, write_report
+    from omnisieve.evaluation.report import (
+        CONFIG,
+        EvaluationError,
+        check_answered,
+        check_folder,
+        markdown,
+        write_report,
+    )
 
     try:
+        check_folder(config.output_dir)
         # Now, not after hours of work: the folder must be writable.
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        save_config(config, Path(config.output_dir) / "eval.yaml")
-    except OSError as error:
+        save_config(config, Path(config.output_dir) / CONFIG)
+    except (OSError, EvaluationError) as error:
         return fail(error)
     try:
         report, cells = evaluate(config)

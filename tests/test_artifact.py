@@ -143,6 +143,29 @@ def test_export_replaces_an_older_one(compressor: Compressor, exported: Path) ->
     assert [path.name for path in exported.parent.iterdir()] == [exported.name]
 
 
+def test_what_others_put_into_an_export_stays(compressor: Compressor, exported: Path) -> None:
+    kept = {
+        ".git/config": "x",
+        "notes.md": "x",
+        "model/model.safetensors": "x",
+        "llm/notes": "x",
+        "config.json.bak": "x",
+    }
+    for name, text in kept.items():
+        (exported / name).parent.mkdir(exist_ok=True)
+        (exported / name).write_text(text)
+    compressor.save_pretrained(exported)
+    assert {name: (exported / name).read_text() for name in kept} == kept
+    assert load_compressor(exported).settings == compressor.settings
+
+
+def test_a_new_repository_is_written_into(compressor: Compressor, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    save_compressor(compressor, tmp_path)
+    assert is_artifact(tmp_path)
+    assert (tmp_path / ".git").is_dir()
+
+
 def test_a_failed_export_leaves_the_old_one(compressor: Compressor, exported: Path) -> None:
     with pytest.raises(TypeError):
         save_compressor(compressor, exported, card={"not JSON": object()})

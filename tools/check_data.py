@@ -45,6 +45,7 @@ from omnisieve.data.manifest import Manifest, ManifestError, MediaPart, holds
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.data.sizes import write_sizes
 from omnisieve.data.tokens import IGNORED, Run
+from omnisieve.files import write_text
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.training.build import make_compressor
 from omnisieve.training.reach import Reach, drawn
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int:
         write_sizes(folder / SIZES, args.manifest, loader.preprocessing(""), map(sizes_of, samples))
     write_rows(folder / SAMPLES, samples)
     text = summary(args.manifest, files, samples)
-    (folder / SUMMARY).write_text(text, encoding="utf-8")
+    write_text(folder / SUMMARY, text)
     print(text)
     return int(any(row["problem"] for row in (*files, *samples)))
 
@@ -253,9 +254,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Put rows into a file, all or none."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def summary(manifest: Path, files: Sequence[Row], samples: Sequence[Row]) -> str:

@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from tqdm import tqdm
 
 from omnisieve.data.errors import DataError
 from omnisieve.data.formats import Columns, Converter, Skipped
+from omnisieve.data.manifest import is_manifest
 from omnisieve.data.sources import SOURCES, FormatError, read_entries, source_of
+from omnisieve.files import replacing, write_text
 
 FOLDER_QUESTION = "Describe what can be seen and heard."
 SHOWN = 5
@@ -46,33 +49,65 @@ def main(argv: list[str]) -> int:
         sound=args.sound,
     )
     entries = read_entries(args.source, source, split=args.split, subset=args.subset)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(out)
     skipped: list[Skipped] = []
     count = 0
-    temporary = out.with_name(f"{out.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for entry in tqdm(entries, desc="convert", unit="entry"):
-            line = converter.convert(entry)
-            if isinstance(line, Skipped):
-                skipped.append(line)
-            else:
-                file.write(f"{line}\n")
-                count += 1
-    complete = count > 0 and (not skipped or args.skip_bad)
-    if complete:
-        temporary.replace(out)
-    else:
-        temporary.unlink()
+    # What is not complete leaves the block by an error, and so gets no name.
+    with suppress(Incomplete), replacing(out, lambda _: True) as staged:
+        with staged.open("w", encoding="utf-8", newline="\n") as file:
+            for entry in tqdm(entries, desc="convert", unit="entry"):
+                line = converter.convert(entry)
+                if isinstance(line, Skipped):
+                    skipped.append(line)
+                else:
+                    file.write(f"{line}\n")
+                    count += 1
+        complete = count > 0 and (not skipped or args.skip_bad)
+        if not complete:
+            raise Incomplete
     tell_of_sound(converter)
     report(out, count, skipped, complete)
     return 0 if complete else 1
+
+
+class Incomplete(Exception):
+    """Entries cannot be used, and were not to be left out."""
+
+
+def skipped_of(out: Path) -> Path:
+    """Where the entries are listed that are not in a manifest."""
+    return out.with_name(f"{out.name}.skipped.jsonl")
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to write over files that this program did not write.
+
+    Raises:
+        FormatError: names the file.
+    """
+    if out.exists() and not is_manifest(out):
+        raise FormatError(f"{out} is there and is no manifest; choose another file to write, or move it")
+    path = skipped_of(out)
+    if path.exists() and not is_list_of_skipped(path):
+        raise FormatError(f"{path} is there, where unusable entries are listed, and is no such list; move it")
+
+
+def is_list_of_skipped(path: Path) -> bool:
+    """Whether a file is a list of unusable entries by its first line."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return json.loads(file.readline()).keys() == {field.name for field in fields(Skipped)}
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="file, folder, or name on the hub")
-    parser.add_argument("out", metavar="OUT", type=Path, help="manifest to write; one that is there is replaced")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="manifest to write; one that is there is replaced, another file is not"
+    )
     parser.add_argument("--format", choices=("auto", *SOURCES), default="auto", help="auto: by folder and suffix")
     parser.add_argument("--media-root", type=Path, help="what media paths are relative to; the folder of IN")
     parser.add_argument(
@@ -136,12 +171,12 @@ def tell_of_sound(converter: Converter) -> None:
 
 def report(out: Path, count: int, skipped: Sequence[Skipped], complete: bool) -> None:
     """Say what was done, and write the list of what was not; an old list does not outlive a run without any."""
-    path = out.with_name(f"{out.name}.skipped.jsonl")
+    path = skipped_of(out)
     if not skipped:
         path.unlink(missing_ok=True)
         print(f"{out}: {count} entries" if complete else f"{out} was not written: there is no entry", file=sys.stderr)
         return
-    path.write_text("".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped), "utf-8")
+    write_text(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped))
     for entry in skipped[:SHOWN]:
         print(f"{entry.where}: {entry.reason}", file=sys.stderr)
     total = count + len(skipped)

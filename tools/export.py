@@ -31,6 +31,15 @@ from omnisieve.artifact import (
 from omnisieve.compressors import CompressorError
 
 MODEL_FOLDER = "model"
+MODEL_FILES = tuple(
+    f"{MODEL_FOLDER}/{name}"
+    for name in (
+        "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*processor_config.json",
+        "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+        "chat_template.*",
+    )
+)  # fmt: skip
+"""What transformers writes of a model and its processor."""
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "run", help="folder of a training run (its output_dir), or an export: a folder, or OWNER/NAME on the hub"
     )
-    parser.add_argument("out", type=Path, help="folder to write; an exported compressor there is replaced")
+    parser.add_argument("out", type=Path, help="folder to write; an export there is replaced, other files stay")
     parser.add_argument("--which", choices=KEPT_OF_A_RUN, help="the best one, or the last where nothing was validated")
     parser.add_argument("--merge", action="store_true", help="write the tuned LLM as a model of its own, OUT/model")
     parser.add_argument("--backbone", help="with --merge: the LLM of the training, where it is not in its old place")
@@ -130,6 +139,7 @@ def export_merged(source: Path, out: Path, card: dict[str, Any], backbone: str |
             out,
             card=card | {"LLM": f"{base} {merged}, in the folder {MODEL_FOLDER}"},
             also=lambda folder: save_tuned_model(source, folder / MODEL_FOLDER, base, dtype, note=say),
+            owned=MODEL_FILES,
         )
     except BackboneError as error:
         raise ArtifactError(str(error)) from error

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from omnisieve.data.manifest import is_manifest
 from omnisieve.data.synthetic import DOMAINS, make_clip, manifest_text, world_hash, write_clip
+from omnisieve.files import write_text
 
 HASHES = Path(__file__).resolve().parent.parent / "data" / "testbed" / "manifest_hashes.json"
 SIZES = {"train": 480, "val": 48, "test": 104}
@@ -59,6 +61,9 @@ def parse_sizes(text: str) -> dict[str, int]:
 
 def make_testbed(out: Path, domain: str, sizes: dict[str, int], workers: int) -> None:
     """Write all clips and manifests below `out`; manifests last, so that a complete one means complete videos."""
+    for path in (out / f"{split}.jsonl" for split in sizes):
+        if path.exists() and not is_manifest(path):
+            sys.exit(f"make_testbed.py: {path} is there and is no manifest; choose another folder")
     videos = out / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     jobs = [(domain, split, index, str(videos)) for split, n in sizes.items() for index in range(n)]
@@ -66,7 +71,7 @@ def make_testbed(out: Path, domain: str, sizes: dict[str, int], workers: int) ->
         for _ in tqdm(pool.map(write_clip, jobs, chunksize=4), total=len(jobs), desc="clips", unit="clip"):
             pass
     for split, n in sizes.items():
-        (out / f"{split}.jsonl").write_text(manifest_text(domain, split, n), encoding="utf-8")
+        write_text(out / f"{split}.jsonl", manifest_text(domain, split, n))
 
 
 def compute_hashes() -> dict[str, dict[str, str]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from omnisieve import __version__
 from omnisieve.compressors import Compressor, CompressorError, build_compressor, compressor_type
 from omnisieve.compressors.ratios import RATIOS
-from omnisieve.files import flush, sha256
+from omnisieve.files import NotOursError, replacing, sha256
 from omnisieve.hub import fetch, is_repo_name, upload
 from omnisieve.model_card import model_card
 from omnisieve.ops.tensors import misfits, same
@@ -36,6 +37,8 @@ LLM_FOLDER = "llm"
 """Within an export: what training changed of the LLM, see `omnisieve.trained_llm`."""
 LLM_CONFIG_FILE = "tuned_llm.json"
 """In that folder: whether that is adapters or all of it, and of which LLM."""
+OWNED = (*FILES, f"{LLM_FOLDER}/tuned_llm.*")
+"""What an export writes, and an older one may be replaced by."""
 SHARED = (*FILES, f"{LLM_FOLDER}/*.json", f"{LLM_FOLDER}/*.safetensors")
 """What goes to the hub and comes from it."""
 KEPT_OF_A_RUN = ("best", "last")
@@ -53,11 +56,13 @@ def save_compressor(
     card: Mapping[str, Any] | None = None,
     license: str | None = None,
     also: Callable[[Path], None] | None = None,
+    owned: Sequence[str] = (),
 ) -> Path:
     """Write a compressor as a folder; all of it or nothing.
 
     The folder is written beside its final place, read back, compared bit by bit, flushed to the disk and
-    only then renamed. An exported compressor that stands there already is replaced.
+    only then renamed. An exported compressor that stands there already is replaced, and nothing else: notes, `.git` and
+    a merged model stay.
 
     Args:
         compressor: of any registered method; training-free ones have no parameters and are exported too.
@@ -67,6 +72,7 @@ def save_compressor(
         license: identifier for the card, such as "apache-2.0".
         also: writes more into the folder before it gets its name; if None, the tuned LLM that the compressor was
             loaded with is written, too.
+        owned: patterns of what it writes, beside `OWNED`; such files of an older export go.
 
     Returns:
         the folder.
@@ -77,23 +83,27 @@ def save_compressor(
     target = Path(directory)
     if target.exists() and not _is_replaceable(target):
         raise ArtifactError(f"{target} exists and is no exported compressor; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     provenance = dict(compressor.provenance if card is None else card)
     if license is not None:
         provenance["license"] = license
     try:
-        _write(compressor, staging, provenance)
-        _compare(compressor, load_compressor(staging), staging)
-        if also is not None:
-            also(staging)
-        elif compressor.tuned_llm is not None:
-            _copy(compressor.tuned_llm, staging / LLM_FOLDER)
-        (staging / CARD_FILE).write_text(_card_of(staging), encoding="utf-8")
-        _publish(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with replacing(target, lambda path: is_owned(path, owned)) as staging:
+            staging.mkdir()
+            _write(compressor, staging, provenance)
+            _compare(compressor, load_compressor(staging), target)
+            if also is not None:
+                also(staging)
+            elif compressor.tuned_llm is not None:
+                _copy(compressor.tuned_llm, staging / LLM_FOLDER)
+            (staging / CARD_FILE).write_text(_card_of(staging), encoding="utf-8")
+    except NotOursError as error:
+        raise ArtifactError(str(error)) from error
     return target
+
+
+def is_owned(path: Path, more: Sequence[str] = ()) -> bool:
+    """Whether an export writes a file of this path in its folder; `more` are further patterns."""
+    return any(fnmatch(path.as_posix(), pattern) for pattern in (*OWNED, *more))
 
 
 def push_compressor(
@@ -239,8 +249,7 @@ def _write(compressor: Compressor, folder: Path, card: dict[str, Any]) -> None:
         "provenance": card,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # mkdtemp and safetensors make private files; an export is meant to be shared.
-    folder.chmod(0o755)
+    # safetensors makes private files; an export is meant to be shared.
     (folder / WEIGHTS_FILE).chmod(0o644)
 
 
@@ -276,24 +285,9 @@ def _compare(written: Compressor, read: Compressor, folder: Path) -> None:
     ours, theirs = written.state_dict(), read.state_dict()
     differing = [name for name in ours if not same(ours[name], theirs[name])]
     if differing or written.settings != read.settings:
-        raise ArtifactError(f"{folder.parent}: what was written reads back differently: {differing or 'settings'}")
-
-
-def _publish(staging: Path, target: Path) -> None:
-    """Flush `staging` and rename it to `target`, whose old version goes only when the new one stands."""
-    for path in (*staging.rglob("*"), staging):
-        flush(path)
-    if target.exists():
-        # Two renames: a kill between them leaves the old version under the other name.
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        staging.rename(target)
-        shutil.rmtree(old)
-    else:
-        staging.rename(target)
-    flush(target.parent)
+        raise ArtifactError(f"{folder}: what was written reads back differently: {differing or 'settings'}")
 
 
 def _is_replaceable(target: Path) -> bool:
-    return target.is_dir() and (is_artifact(target) or not any(target.iterdir()))
+    """An export, or nothing that can be seen: `.git` of a new repository, for example."""
+    return target.is_dir() and (is_artifact(target) or all(path.name.startswith(".") for path in target.iterdir()))

@@ -16,6 +16,7 @@ from omnisieve.evaluation.report import (
     EvaluationError,
     Kind,
     check_answered,
+    check_folder,
     make_report,
     markdown,
     markdown_by_ratio,
@@ -219,3 +220,14 @@ def test_ratios_may_be_columns() -> None:
         "| out/export |  | 75.0 |  |",
         "| dycoke |  |  | - |",
     ]
+
+
+def test_a_folder_of_others_is_refused_before_the_work(tmp_path: Path) -> None:
+    check_folder(tmp_path / "new")
+    (tmp_path / "notes").write_text("mine")
+    check_folder(tmp_path)
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(EvaluationError, match=r"report\.md is there, and no evaluation wrote it"):
+        check_folder(tmp_path)
+    (tmp_path / "eval.yaml").write_text("")
+    check_folder(tmp_path)

@@ -64,6 +64,25 @@ def test_a_folder_is_asked_one_question(table: Path, tmp_path: Path) -> None:
     assert all(len(line.messages) == 1 for line in lines)
 
 
+def test_nothing_but_a_manifest_is_replaced(table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.jsonl"
+    for other in ("notes", '["messages"]\n', '{"video": "a.mp4"}\n'):
+        out.write_text(other)
+        with pytest.raises(DataError, match=r"m\.jsonl is there and is no manifest"):
+            convert_data.main([str(table), str(out), "--skip-bad"])
+        assert out.read_text() == other
+    out.unlink()
+    (tmp_path / "m.jsonl.tmp").write_text("mine")
+    listed = tmp_path / "m.jsonl.skipped.jsonl"
+    listed.write_text("mine")
+    with pytest.raises(DataError, match=r"skipped\.jsonl is there, where unusable entries are listed"):
+        convert_data.main([str(table), str(out), "--skip-bad"])
+    listed.unlink()
+    for _ in range(2):
+        assert convert_data.main([str(table), str(out), "--skip-bad"]) == 0
+    assert (tmp_path / "m.jsonl.tmp").read_text() == "mine"
+
+
 def test_mistakes_on_the_command_line(table: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is the input itself"):
         convert_data.main([str(table), str(table)])

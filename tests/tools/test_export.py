@@ -108,6 +108,24 @@ def test_a_tuned_llm_is_merged_into_a_stock_model(tuned: tuple[Path, Path, nn.Mo
     assert processor.to_dict() == expected_processor.to_dict()
 
 
+def test_a_merged_model_and_notes_stay_beside_a_new_export(
+    tuned: tuple[Path, Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tuned[0], tmp_path / "out"
+    export.main([str(run), str(out), "--merge"])
+    (out / "model" / "notes.txt").write_text("mine")
+    (out / ".git").mkdir()
+    written = (out / "model" / "model.safetensors").read_bytes()
+    export.main([str(run), str(out)])
+    assert (out / LLM_FOLDER / "tuned_llm.json").is_file()
+    assert (out / "model" / "model.safetensors").read_bytes() == written
+    export.main([str(run), str(out), "--merge"])
+    assert not (out / LLM_FOLDER).exists()
+    assert (out / "model" / "notes.txt").read_text() == "mine"
+    assert (out / ".git").is_dir()
+    load_backbone(out / "model")
+
+
 def test_what_cannot_be_merged_is_named(tuned: tuple[Path, Path, nn.Module], run: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(tuned[0], moved)

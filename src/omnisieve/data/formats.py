@@ -30,6 +30,7 @@ from omnisieve.data.doubled_sound import doubled_sounds, without_sounds
 from omnisieve.data.manifest import KINDS, Conversation, ManifestError, no_path, parse_line
 from omnisieve.data.media import MediaReader
 from omnisieve.data.sources import Entry, FormatError, kind_of_entry
+from omnisieve.files import replacing
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -173,8 +174,8 @@ class Converter:
         path = self._folder / folder / f"{hashlib.sha256(content).hexdigest()[:32]}{Path(name or '').suffix}"
         path.parent.mkdir(exist_ok=True)
         if not path.is_file():
-            path.with_suffix(".tmp").write_bytes(content)
-            path.with_suffix(".tmp").replace(path)
+            with replacing(path, lambda _: False) as staged:
+                staged.write_bytes(content)
         return f"{folder}/{path.name}"
 
 

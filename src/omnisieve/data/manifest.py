@@ -257,6 +257,17 @@ def no_path(text: str) -> str | None:
     return None
 
 
+def is_manifest(path: str | Path) -> bool:
+    """Whether a file is a manifest by its first line, or empty."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            first = file.readline()
+        row = json.loads(first) if first else {"messages": []}
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "messages" in row
+
+
 def _ids(lines: Sequence[int], texts: Sequence[str]) -> list[str]:
     """An id for each line that is the same whenever the file is read, and no other line's."""
     own = [_own_id(text) for text in texts]

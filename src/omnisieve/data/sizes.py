@@ -18,6 +18,7 @@ import numpy as np
 from omnisieve.data.dataset import ATTEMPTS, substitute
 from omnisieve.data.errors import DataError
 from omnisieve.data.length_limit import LengthLimit
+from omnisieve.files import replacing
 
 _CURE = "run tools/check_data.py again, with the same recipe"
 
@@ -33,11 +34,9 @@ def write_sizes(
         preprocessing: see `MediaLoader.preprocessing`.
         sizes: of each sample, (text and images, video, audio); None if it is broken.
     """
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path, lambda _: True) as staged, staged.open("w", encoding="utf-8") as file:
         for row in ({"manifest": _hash(manifest), "preprocessing": dict(preprocessing)}, *sizes):
             file.write(json.dumps(row) + "\n")
-    temporary.replace(path)
 
 
 def check_sizes(path: Path, manifest: Path) -> None:

@@ -19,6 +19,7 @@ from omnisieve.evaluation.metrics import (
     paired_difference,
     retained,
 )
+from omnisieve.files import write_text
 
 # With fewer clips the bootstrap draws from too few different samples for its interval to be one.
 FEW_CLIPS = 10
@@ -27,6 +28,10 @@ _NAMED = 3
 
 Kind = Literal["full", "training-free", "learned", "bound"]
 """What a method is: all tokens, a method of the field, a trained one, or a bound that knows the answer."""
+
+
+CONFIG, REPORT, SUMMARY, PREDICTIONS = "eval.yaml", "report.json", "report.md", "predictions.jsonl"
+"""Files in the folder of an evaluation."""
 
 
 class EvaluationError(ValueError):
@@ -123,17 +128,32 @@ def check_answered(report: Mapping[str, Any], cells: Sequence[Cell]) -> None:
         )
 
 
+def check_folder(directory: str | Path) -> None:
+    """Refuse a folder whose files of these names no evaluation wrote, before hours of work.
+
+    Raises:
+        EvaluationError: names the first.
+    """
+    folder = Path(directory)
+    found = [name for name in (REPORT, SUMMARY, PREDICTIONS) if (folder / name).exists()]
+    if found and not (folder / CONFIG).is_file():
+        raise EvaluationError(
+            f"{folder / found[0]} is there, and no evaluation wrote it ({folder} has no {CONFIG}): choose another "
+            "output_dir"
+        )
+
+
 def write_report(report: Mapping[str, Any], cells: Sequence[Cell], directory: str | Path) -> None:
     """Write `report.json`, `report.md` and `predictions.jsonl` (one line per row and question)."""
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for cell in cells:
-            head = {"method": cell.method, "benchmark": cell.benchmark, "retained_ratio": cell.retained_ratio}
-            for answer in cell.answers:
-                file.write(json.dumps(head | asdict(answer), ensure_ascii=False) + "\n")
-    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    lines = (
+        {"method": cell.method, "benchmark": cell.benchmark, "retained_ratio": cell.retained_ratio} | asdict(answer)
+        for cell in cells
+        for answer in cell.answers
+    )
+    write_text(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(folder / SUMMARY, markdown(report))
+    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
 
 
 def markdown(report: Mapping[str, Any]) -> str:

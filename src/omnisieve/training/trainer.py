@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from omnisieve.artifact import is_owned
 from omnisieve.config import TrainConfig, save_config
 from omnisieve.data.batch import Batch
+from omnisieve.files import clean_up, remove
 from omnisieve.training.bad_samples import SampleReports
 from omnisieve.training.checkpoint import BEST, LAST, CheckpointStore, run_identity
 from omnisieve.training.clock import Clock
@@ -320,12 +321,11 @@ class Trainer:
         self._ranks.barrier()
         if not self._ranks.is_first:
             return
+        for name in (LAST, BEST):
+            clean_up(self._directory / name, is_owned)  # of an export that died
         if checkpoint is None:
             # Of a run that was cut short before its first checkpoint.
-            shutil.rmtree(self._directory / BEST, ignore_errors=True)
-        for name in (LAST, BEST):
-            for remains in self._directory.glob(f".{name}.*"):  # of an export that died
-                shutil.rmtree(remains, ignore_errors=True)
+            remove(self._directory / BEST, is_owned)
         with writing("the configuration", self._directory / CONFIG_FILE):
             self._directory.mkdir(parents=True, exist_ok=True)
             save_config(self._config, self._directory / CONFIG_FILE)
