@@ -119,6 +119,12 @@ class Scan:
                 raise Failure("corrupt", "video", "a bare stream, which states no times for its frames")
             raise Failure("truncated", "video", "there is not a single frame")
 
+    def check_start(self, first: float, wanted: float) -> None:
+        """Refuse a video whose first frame that decodes comes long after the first that is stored and wanted."""
+        if first - max(self.times[0], wanted) > _LOST_START:
+            lost = f"the first {first - self.times[0]:.1f} s do not decode: what they refer to was cut away"
+            raise Failure("corrupt", "video", lost)
+
     def by_key(self, ticks: list[int]) -> dict[int, set[int]] | None:
         """Frames to decode from each key frame; None if one has no key frame in front of it."""
         groups: dict[int, set[int]] = {}
@@ -196,10 +202,11 @@ def _probe_video(
     container: av.container.InputContainer, index: int, scan: Scan, request: dict[str, Any]
 ) -> dict[str, Any]:
     stream = _stream(container, index)
-    try:
-        frame = next(container.decode(stream))
-    except (av.error.InvalidDataError, StopIteration) as error:
-        raise Failure("corrupt", "video", "the first frame does not decode") from error
+    tally = Counter[str]()
+    time, frame = next(_decoded(stream, container, tally), (0.0, None))
+    if frame is None:
+        raise Failure("corrupt", "video", f"{tally['errors']} of {tally['packets']} packets do not decode")
+    scan.check_start(time - scan.start, 0.0)
     turned = round(frame.rotation / 90) % 2
     picks, step = _choose(scan, stream.average_rate, request)
     return {
@@ -386,9 +393,7 @@ def _from_start(path: str, index: int, scan: Scan, wanted: np.ndarray) -> np.nda
             out.append(_picture(shown, out[0] if out else None))
     if first is None or tally["errors"] > (1 - MIN_COMPLETE) * tally["packets"]:
         raise Failure("corrupt", "video", f"{tally['errors']} of {tally['packets']} packets do not decode")
-    if first - max(scan.times[0], wanted[0]) > _LOST_START:
-        lost = f"the first {first - scan.times[0]:.1f} s do not decode: what they refer to was cut away"
-        raise Failure("corrupt", "video", lost)
+    scan.check_start(first, wanted[0])
     return np.stack(out)
 
 
