@@ -103,7 +103,7 @@ def clean_up(target: Path, ours: Ours) -> None:
 
 
 def _put_file(staged: Path, target: Path, ours: Ours) -> None:
-    if target.is_dir() or (target.exists() and not ours(target)):
+    if target.exists() and not (target.is_file() and ours(target)):
         raise NotOursError(f"{target} is there and was not written by this program; move it, or choose another name")
     staged.replace(target)
 

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from omnisieve.data.dataset import MediaLoader
 from omnisieve.data.feature_cache import media_key
@@ -144,6 +145,62 @@ def test_a_bare_stream_is_refused(tmp_path: Path, reader: MediaReader) -> None:
         container.mux(stream.encode(None))
     with pytest.raises(MediaError, match="states no times for its frames"):
         reader.read(path)
+
+
+@pytest.mark.parametrize("name", ["closed.ts", "mpeg2.mpg"])
+def test_joined_files_are_refused(tmp_path: Path, reader: MediaReader, name: str) -> None:
+    path = write(tmp_path, BY_NAME[name])
+    path.write_bytes(2 * path.read_bytes())
+    for look in (reader.read, reader.probe):
+        with pytest.raises(MediaError, match=r"its clock goes back at [34]\.\d s"):
+            look(path)
+
+
+def test_channels_may_change_within_a_sound(tmp_path: Path, reader: MediaReader) -> None:
+    path = tmp_path / "a.mp3"
+    for layout in ("stereo", "mono"):
+        with av.open(str(tmp_path / f"{layout}.mp3"), "w", options={"write_xing": "0"}) as container:
+            stream = container.add_stream("libmp3lame", rate=16_000, layout=layout)
+            frame = av.AudioFrame(format="s16p", layout=layout, samples=32_000)
+            for plane in frame.planes:
+                plane.update((np.sin(np.arange(32_000) / 4) * 9000).astype(np.int16).tobytes())
+            frame.sample_rate = 16_000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        with path.open("ab") as file:
+            file.write((tmp_path / f"{layout}.mp3").read_bytes())
+    wave = reader.read(path, video=False).audio
+    assert wave is not None
+    assert len(wave) / 16_000 == pytest.approx(4, abs=0.3)
+    assert np.abs(wave[40_000:60_000]).max() > 0.1
+
+
+def test_transparent_frames_lie_on_white(tmp_path: Path, reader: MediaReader) -> None:
+    images = []
+    for step in range(4):
+        picture = Image.new("RGBA", (WIDTH, HEIGHT), (0, 0, 0, 0))
+        picture.paste((0, 0, 0, 255), (10 * step, 0, 10 * step + 40, HEIGHT))
+        images.append(picture)
+    for name in ("a.png", "a.gif"):
+        options = {"save_all": True, "append_images": images[1:], "duration": 500, "disposal": 2}
+        images[0].save(tmp_path / name, **options)
+        video = reader.read(tmp_path / name).video
+        assert video is not None
+        assert len(video.frames) == 4
+        for step, frame in enumerate(video.frames):
+            assert frame[:, 10 * step + 2 : 10 * step + 38].max() < 5, name
+            assert frame[:, 10 * step + 42 :].min() > 250, name
+
+
+def test_relative_paths_follow_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "inner", BY_NAME["closed.mp4"])
+    reader = MediaReader()
+    monkeypatch.chdir(tmp_path)
+    reader.read("inner/closed.mp4")
+    monkeypatch.chdir(tmp_path / "inner")
+    reader.read("closed.mp4")
+    reader.close()
 
 
 PLAYLISTS = {

@@ -7,6 +7,7 @@ behind its length; an answer is a pickled header behind its length, then the raw
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -39,8 +40,12 @@ FRAME_FACTOR = 2
 """Evenly spread frames come in such groups, the temporal patches of the models."""
 _CLOCK_TOLERANCE = 1e-3
 _AUDIO_GAP = 0.05
+_FILLED = 0.1
+"""Seconds that the last block of an encoder may reach beyond the end of the sound."""
 _REORDERED = 16
 """Frames that a decoder may hold back, by the standards of H.264 and HEVC."""
+_REORDERED_SECONDS = 1.0
+"""More than such frames can be out of order in a file."""
 _LOST_START = 0.2
 """Seconds at the beginning that need not decode: pictures in front of the first key frame, which players skip."""
 
@@ -60,6 +65,7 @@ class Scan:
         places: {tick: place in the file} of the visible frames.
         stamped: whether each frame has a tick of its own that the container states.
         timeless: whether there are frames without any time.
+        goes_back: when the clock of the frames jumps back, as in files that were joined; None if it never does.
         video_end: end of the last video frame.
         audio: start and end of the sound; None without a packet of it.
     """
@@ -70,7 +76,8 @@ class Scan:
         sound: list[tuple[float, float]] = []
         self.keys: list[tuple[int, int]] = []
         self.places: dict[int, int] = {}
-        self.timeless = False
+        self.timeless, self.goes_back = False, None
+        before = -math.inf
         place, stated, end = 0, True, 0.0
         with open_media(path) as container:
             self.start = (container.start_time or 0) / av.time_base
@@ -83,6 +90,10 @@ class Scan:
                     continue
                 if packet.stream_index == video:
                     place += 1
+                    now = float((stamp if packet.dts is None else packet.dts) * packet.time_base) - self.start
+                    if now < before - _REORDERED_SECONDS and self.goes_back is None:
+                        self.goes_back = before
+                    before = max(before, now)
                     stated &= packet.pts is not None
                     if packet.is_keyframe:
                         self.keys.append((place, stamp))
@@ -118,6 +129,9 @@ class Scan:
             if self.timeless:
                 raise Failure("corrupt", "video", "a bare stream, which states no times for its frames")
             raise Failure("truncated", "video", "there is not a single frame")
+        if self.goes_back is not None:
+            reason = f"its clock goes back at {self.goes_back:.1f} s, as in files that were joined"
+            raise Failure("corrupt", "video", reason)
 
     def check_start(self, first: float, wanted: float) -> None:
         """Refuse a video whose first frame that decodes comes long after the first that is stored and wanted."""
@@ -169,8 +183,13 @@ def decode(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
             arrays.append(sound[0])
             info["audio"] = sound[1]
     except (av.error.FFmpegError, OSError, EOFError) as error:
-        raise Failure("corrupt", "container", f"FFmpeg says: {error}") from error
+        raise Failure("corrupt", "container", f"FFmpeg says: {_text(error)}") from error
     return info, arrays
+
+
+def _text(error: Exception) -> str:
+    """What went wrong, without the number and the name of the file."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def probe(request: dict[str, Any]) -> dict[str, Any]:
@@ -190,11 +209,12 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
             if audio is not None and scan.audio is not None:
                 stream = _stream(container, audio)
                 start, end = scan.audio
-                end = min(end, _declared_end(stream, scan.start) or end)
+                declared = _declared_end(stream, scan.start)
+                end = declared if declared is not None and 0 < end - declared < _FILLED else end
                 info["audio"] = {"seconds": end, "start": max(start, 0.0), "rate": stream.rate,
                                  "channels": stream.channels}  # fmt: skip
     except (av.error.FFmpegError, OSError, EOFError) as error:
-        raise Failure("corrupt", "container", f"FFmpeg says: {error}") from error
+        raise Failure("corrupt", "container", f"FFmpeg says: {_text(error)}") from error
     return info
 
 
@@ -353,7 +373,7 @@ def _from_keys(path: str, index: int, scan: Scan, picks: np.ndarray) -> np.ndarr
                 stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
                 try:
                     frames = stream.decode(packet)
-                except av.error.InvalidDataError:
+                except av.error.FFmpegError:
                     return None
                 if any(frame.is_corrupt for frame in frames):
                     return None
@@ -406,7 +426,7 @@ def _decoded(
         tally["packets"] += 1
         try:
             frames = stream.decode(packet)
-        except av.error.InvalidDataError:
+        except av.error.FFmpegError:
             tally["errors"] += 1
             continue
         for frame in frames:
@@ -429,6 +449,8 @@ def _sorted(frames: Iterable[tuple[float, av.VideoFrame]], start: float) -> Iter
 
 def _single_threaded(container: av.container.InputContainer, index: int) -> Any:
     stream = _stream(container, index)
+    if stream.codec_context is None:
+        raise Failure("corrupt", "video", "FFmpeg does not know its codec")
     stream.thread_count = 1
     return stream
 
@@ -439,8 +461,17 @@ def _picture(frame: av.VideoFrame, other: np.ndarray | None) -> np.ndarray:
     height, width = (0, 0) if other is None else other.shape[:2]
     if turns % 2:
         height, width = width, height
-    stored = frame.reformat(format="rgb24", width=width or None, height=height or None).to_ndarray()
+    stored = _rgb(frame, width or None, height or None)
     return np.ascontiguousarray(np.rot90(stored, turns))
+
+
+def _rgb(frame: av.VideoFrame, width: int | None, height: int | None) -> np.ndarray:
+    """uint8 [H, W, 3]; what is transparent lies on white, as in images."""
+    if not (frame.format.has_palette or any(component.is_alpha for component in frame.format.components)):
+        return frame.reformat(format="rgb24", width=width, height=height).to_ndarray()
+    pixels = frame.reformat(format="rgba", width=width, height=height).to_ndarray().astype(np.uint16)
+    opaque = pixels[..., 3:]
+    return ((pixels[..., :3] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
 
 
 def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tuple[np.ndarray, dict[str, Any]] | None:
@@ -452,14 +483,14 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
         rate, length = stream.rate, (container.duration or 0) / av.time_base
         # Only to float32: what FFmpeg makes of several channels is louder than their mean. Not planar, because PyAV
         # reads beyond the planes of eight channels.
-        packed = av.AudioResampler(format="flt", rate=rate)
+        packed, shape = av.AudioResampler(format="flt", rate=rate), None
         limit = None if max_seconds is None else round(max_seconds * rate)
         declared = _declared_end(stream, scan.start)
         for packet in container.demux(stream):
             packets += packet.size > 0
             try:
                 decoded = stream.decode(packet)
-            except av.error.InvalidDataError:
+            except av.error.FFmpegError:
                 errors += 1
                 continue
             for frame in decoded:
@@ -468,6 +499,9 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
                 if _AUDIO_GAP < gap < length:
                     pieces.append(np.zeros(round(gap * rate), dtype=np.float32))
                     written += len(pieces[-1])
+                if shape not in (None, found := (frame.format.name, frame.layout.name, frame.sample_rate)):
+                    packed = av.AudioResampler(format="flt", rate=rate)  # a broadcast may change from stereo to mono
+                shape = found
                 for part in packed.resample(frame):
                     channels = part.to_ndarray().reshape(-1, part.layout.nb_channels)
                     pieces.append(channels.mean(axis=1, dtype=np.float32))
@@ -480,7 +514,7 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
         return None
     wave = np.concatenate(pieces)
     # An encoder fills its last block; what lies past the declared end is not sound of the recording.
-    if declared is not None and 0 < len(wave) - declared * rate < 0.1 * rate:
+    if declared is not None and 0 < len(wave) - declared * rate < _FILLED * rate:
         wave = wave[: round(declared * rate)]
     return wave[:limit], {"rate": rate, "seconds": max(declared or 0.0, len(wave) / rate)}
 

@@ -39,7 +39,9 @@ def read_image(path: str | Path) -> np.ndarray:
         try:
             image = Image.open(path, formats=FORMATS)
         except UnidentifiedImageError as error:
-            if (name := _claimed(path)) is not None:
+            with open(path, "rb") as file:
+                name = claimed(file.read(16))
+            if name is not None:
                 raise MediaError(str(path), "image", "corrupt", f"it begins as {name}, but cannot be opened") from error
             reason = f"the content is none of {', '.join(FORMATS)}; other pictures (HEIC, SVG, PSD) must be converted"
             raise MediaError(str(path), "image", "not_media", reason) from error
@@ -56,10 +58,8 @@ def has_frames(image: Image.Image) -> bool:
     return image.format != "MPO" and bool(getattr(image, "is_animated", False))
 
 
-def _claimed(path: str | Path) -> str | None:
-    """The one of `FORMATS` that a file's first bytes are of."""
-    with open(path, "rb") as file:
-        head = file.read(16)
+def claimed(head: bytes) -> str | None:
+    """The one of `FORMATS` that a file's first 16 bytes are of."""
     accepts = {name: Image.OPEN[name][1] for name in FORMATS}
     return next((name for name, accept in accepts.items() if accept is not None and accept(head)), None)
 

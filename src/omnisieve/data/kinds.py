@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import BinaryIO
 
 import av
 from PIL import Image
 
-from omnisieve.data.images import FORMATS, has_frames
+from omnisieve.data._decoder import CONTAINERS
+from omnisieve.data.images import FORMATS, claimed, has_frames
 
-# Containers that hold streams themselves; what names other files (playlists, descriptions) is none of them.
-_CONTAINERS = (
-    "aac,ac3,aiff,amr,ape,apng,asf,au,avi,caf,dv,eac3,flac,flv,gif,ivf,matroska,mov,mp3,mpeg,mpegts,ogg,rm,tta,voc,"
-    "w64,wav,wv"
-)
 _FILMS = ("GIF", "PNG")
 """Image formats whose frames FFmpeg decodes as a video."""
 _PHOTOS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
@@ -32,6 +29,8 @@ def kind_of(file: str | Path | bytes) -> str | None:
         file: its path or its content.
     """
     try:
+        if not isinstance(file, bytes) and not os.path.isfile(file):
+            return None
         with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as content:
             return _kind_of(content)
     except (OSError, ValueError):  # no such file, or a name that the system refuses
@@ -48,8 +47,11 @@ def _kind_of(content: BinaryIO) -> str | None:
             return "video" if image.format in _FILMS and has_frames(image) else "image"
     except Exception:  # a damaged image is told by whatever reads it
         content.seek(0)
+        if claimed(content.read(16)) is not None:
+            return "image"
+        content.seek(0)
     try:
-        with av.open(content, options={"format_whitelist": _CONTAINERS}) as container:
+        with av.open(content, options={"format_whitelist": CONTAINERS}) as container:
             cover = av.stream.Disposition.attached_pic
             if any(not stream.disposition & cover for stream in container.streams.video):
                 return "video"

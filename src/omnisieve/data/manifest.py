@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,10 +48,12 @@ _TAG = re.compile(r"<(video|audio|image)>")
 _MARK = re.compile(
     r"<\|(?:VIDEO|AUDIO|IMAGE|(?:video|audio|image|vision)_(?:pad|bos|eos|start|end)|im_(?:start|end))\|>"
 )
+_DATA_URL = re.compile(r"data:[^,]*,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{256,}={0,2}\s*")
 _FEW_CHARACTERS = 20  # more than that are in the base64 of any file, and in few names
 _SHOWN = 60
+_FASTEST = 1e6  # frames per second; more are a slip of the pen
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "video": ("fps", "max_frames", "audio_track"),
@@ -245,10 +246,10 @@ def no_path(text: str) -> str | None:
     """Why a text is no path of a file, with the cure; None if it may be one."""
     if not text:
         return "it is empty; give the path of the file"
-    shown = shortened(text, _SHOWN)
-    if text.startswith("data:"):
+    shown, text = shortened(text, _SHOWN), text.strip()
+    if _DATA_URL.match(text):
         return f"{shown} is a data URL, the content itself; write it to a file and give the file's path"
-    if text.startswith("file:/"):
+    if text[:6].lower() == "file:/":
         return f"{shown} is a file URL; give the path alone, {unquote(urlsplit(text).path)}"
     if _ADDRESS.match(text):
         return f"{shown} is an address; download the file and give its path"
@@ -434,7 +435,7 @@ def _not_valid(name: str, value: Any) -> str | None:
     """What an option of a part should be; None if it is that."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name == "fps":
-        return None if number and 0 < value < math.inf else "a positive number"
+        return None if number and 0 < value < _FASTEST else "a positive number"
     if name == "audio_track":
         return None if number and isinstance(value, int) and value >= 0 else "the number of a sound track, from 0 on,"
     return None if number and isinstance(value, int) and value > 0 else "a positive integer"

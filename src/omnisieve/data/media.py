@@ -15,6 +15,8 @@ channels, resampled. The clip's clock starts where its first stream starts. What
 | rotated by a display matrix, or EXIF | frames upright |
 | cut without re-encoding | from the first frame that the container shows; what it hides is decoded, not returned |
 | the opening frames refer to what was cut away | "corrupt" |
+| joined files, whose clock goes back | "corrupt"; sound alone is read |
+| transparent frames | on white |
 | several sound or picture tracks | the default one, as players take it; logged once for each file |
 | a playlist, or whatever else names other files | "not_media"; nothing that a file names is opened |
 | 0.3 s | at least one frame (a temporal patch is filled by repeating the last frame, see `preprocess`) |
@@ -28,7 +30,7 @@ channels, resampled. The clip's clock starts where its first stream starts. What
 | headers damaged, more than 10 % of the packets undecodable, or none of the sound | "corrupt" |
 | isolated damage inside frames | the decoder's concealment |
 | no stream of the wanted sort | "no_stream" (sound of a silent video is None instead) |
-| decoding takes longer than the limit | "timeout"; the child is killed and replaced |
+| decoding takes longer than the limit | "timeout" (files without reliable times are decoded whole); the child is killed and replaced |
 | the decoder dies | "crashed"; the child is replaced |
 | what the model's processor refuses, as an aspect ratio above 200 | "unusable", with what it said |
 """
@@ -271,7 +273,8 @@ class MediaReader:
 
     def _request(self, path: str | Path, **options: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
         check_file(path)
-        answer, arrays = self._ask({"path": str(path), "seconds": self.decode_seconds, **options})
+        # The child stays in the folder where it was started.
+        answer, arrays = self._ask({"path": os.path.abspath(path), "seconds": self.decode_seconds, **options})
         if "failure" in answer:
             kind, stream, reason = answer["failure"]
             raise MediaError(str(path), stream, *_refine(path, kind, reason))
