@@ -30,7 +30,7 @@ channels, resampled. The clip's clock starts where its first stream starts. What
 | headers damaged, more than 10 % of the packets undecodable, or none of the sound | "corrupt" |
 | isolated damage inside frames | the decoder's concealment |
 | no stream of the wanted sort | "no_stream" (sound of a silent video is None instead) |
-| decoding takes longer than the limit | "timeout" (files without reliable times are decoded whole); the child is killed and replaced |
+| decoding takes longer than the limit | "timeout"; the child is killed and replaced |
 | the decoder dies | "crashed"; the child is replaced |
 | what the model's processor refuses, as an aspect ratio above 200 | "unusable", with what it said |
 """
