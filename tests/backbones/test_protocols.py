@@ -94,13 +94,14 @@ def test_files_are_read_by_the_resolved_values() -> None:
     assert (key["placement"], key["min_frames"], key["total_pixels"]) == ("even", 4, 90_316_800)
 
 
-def test_the_key_of_a_testbed_cache_says_what_it_said_and_how_sound_is_read() -> None:
+def test_the_key_of_a_testbed_cache_says_what_it_said_and_how_media_are_read() -> None:
     loader = reader(stock_processor(), adapter_for(stock_thinker()), MediaSection(max_frames=256, max_pixels=250_880))
     key = loader.preprocessing("weights")
     size = {"shortest_edge": 3136, "longest_edge": 250_880}
     assert (key["fps"], key["max_frames"]) == (2.0, 256)
     assert (key["video_size"].items(), key["image_size"].items()) >= (size.items(), size.items())
     assert key.pop("sound") == "mean of channels, resampled as soxr HQ"
+    assert key.pop("pictures") == "frames by time stamps; on white, deep ones scaled"
     assert key.keys() == {
         "fps", "max_frames", "audio_seconds", "rules", "weights", "processors", "video_size", "image_size",
     }  # fmt: skip

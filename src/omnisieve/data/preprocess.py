@@ -21,8 +21,8 @@ from omnisieve.data.tokens import TokenRules
 
 _SOUND = "mean of channels, resampled as soxr HQ"
 """How a waveform is made of a file (`media.MediaReader`); changes when that does, because caches depend on it."""
-_PICTURES = "on white, deep ones scaled"
-"""Likewise of a picture (`images.read_image`)."""
+_PICTURES = "frames by time stamps; on white, deep ones scaled"
+"""Likewise of frames and pictures (`images.read_image`)."""
 _STFT_MARGIN = 320
 """Samples of silence behind a sound that keep the last frames of its spectrogram what long padding makes them."""
 
