@@ -23,11 +23,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from omnisieve.data.errors import DataError
+from omnisieve.data.errors import DataError, described
 from omnisieve.data.formats import Columns, Converter, Skipped
 from omnisieve.data.manifest import is_manifest
 from omnisieve.data.sources import SOURCES, FormatError, read_entries, source_of
-from omnisieve.files import replacing, write_text
+from omnisieve.files import NotOursError, replacing, write_text
 
 FOLDER_QUESTION = "Describe what can be seen and heard."
 SHOWN = 5
@@ -36,6 +36,16 @@ SHOWN = 5
 def main(argv: list[str]) -> int:
     """Convert and say what was done; 1 when entries cannot be used and were not to be left out."""
     args = parse(argv)
+    try:
+        return convert(args)
+    except NotOursError as error:
+        raise FormatError(str(error)) from error
+    except OSError as error:  # what is read has errors of its own
+        raise FormatError(f"{args.out} cannot be written: {described(error)}; choose another place") from error
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert a data set; see `main`."""
     out: Path = args.out
     source = source_of(args.source) if args.format == "auto" else args.format
     if Path(args.source).resolve() == out.resolve():
@@ -97,7 +107,7 @@ def is_list_of_skipped(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as file:
             return json.loads(file.readline()).keys() == {field.name for field in fields(Skipped)}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -176,7 +186,9 @@ def report(out: Path, count: int, skipped: Sequence[Skipped], complete: bool) ->
         path.unlink(missing_ok=True)
         print(f"{out}: {count} entries" if complete else f"{out} was not written: there is no entry", file=sys.stderr)
         return
-    write_text(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped))
+    text = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
+    # Half a character, which UTF-8 cannot write, stays an escape of JSON.
+    write_text(path, text.encode(errors="backslashreplace").decode())
     for entry in skipped[:SHOWN]:
         print(f"{entry.where}: {entry.reason}", file=sys.stderr)
     total = count + len(skipped)

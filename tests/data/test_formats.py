@@ -284,10 +284,41 @@ def test_json_lines_and_lists(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(' [{"path": "a"}, 3]')
     found = entries(tmp_path / "a.json")
     assert [entry.where for entry in found] == ["entry 1", "entry 2"]
-    assert "this is a int" in str(found[1].error)
+    assert str(found[1].error).endswith("this is a number")
     (tmp_path / "b.json").write_text('[{"path": "a"},\n 3')
     with pytest.raises(FormatError, match=r"b\.json: no valid JSON .*line 2"):
         entries(tmp_path / "b.json")
+
+
+def test_rows_that_no_reader_takes_are_errors_of_their_own(tmp_path: Path) -> None:
+    rows = [f'{{"n": {"1" * 5000}}}', '{"n": [1]}', f'{{"n": {"[" * 700}{"]" * 700}}}', "1" * 5000]
+    (tmp_path / "a.json").write_text(f"[{', '.join(rows)}]")
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, '{"n": ' + "[" * 100_000]))
+    for name, where in (("a.json", "entry"), ("a.jsonl", "line")):
+        found = entries(tmp_path / name)
+        assert found[0].error == "it holds an integer of 5000 digits; quote it"
+        assert (found[1].where, found[1].error) == (f"{where} 2", None)
+        assert str(found[3].error).endswith("this is a number")
+    assert "no valid JSON" in str(found[4].error)
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(FormatError, match="no valid JSON"):
+        entries(tmp_path / "a.json")
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("key", ["question", "answer", "id", "path", "level"])
+@pytest.mark.parametrize("value", ["\ud83d", nested(5000)])
+def test_what_cannot_be_written_is_an_error_of_its_row(key: str, value: Any) -> None:
+    row = {"path": "a.mp4", "question": "?", "answer": "x", key: value}
+    found = Converter(Path("/d/m.jsonl"), Path("/d"), allow_missing=True).convert(Entry("line 7", row))
+    assert isinstance(found, Skipped)
+    assert "half a character" in found.reason if isinstance(value, str) else "nested too deeply" in found.reason
 
 
 def test_tables_with_line_breaks_in_cells(tmp_path: Path) -> None:

@@ -92,6 +92,21 @@ def test_mistakes_on_the_command_line(table: Path, tmp_path: Path) -> None:
     assert convert_data.main([str(table), str(tmp_path / "m.jsonl")]) == 1
 
 
+@pytest.mark.parametrize("name", ["/proc/x/m.jsonl", "a" * 300 + ".jsonl", "media/a.mp4/m.jsonl", "media"])
+def test_a_place_that_cannot_be_written_is_one_message(table: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be written|is no manifest") as caught:
+        convert_data.main([str(table), str(tmp_path / name), "--skip-bad"])
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_is_listed_as_an_escape(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": "\\ud83d", "path": "a.mp4", "question": "Who?"}\n')
+    assert convert_data.main([str(tmp_path / "in.jsonl"), str(tmp_path / "m.jsonl")]) == 1
+    (listed,) = (tmp_path / "m.jsonl.skipped.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(listed)["id"] == "\ud83d"
+    assert convert_data.main([str(tmp_path / "in.jsonl"), str(tmp_path / "m.jsonl")]) == 1
+
+
 @pytest.mark.parametrize("asked", ["<video><audio>Who?", "<video>\n<audio>Who?", "<audio><video>Who?"])
 def test_sound_beside_its_video_is_heard_once(asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     video, silent = written(tmp_path / "clip.mp4"), written(tmp_path / "silent.mp4", audio_seconds=0)

@@ -105,8 +105,7 @@ class Converter:
 
     def convert(self, entry: Entry) -> str | Skipped:
         """One line of the manifest, without its end; or why there is none."""
-        own = entry.row.get("id")
-        identity = None if is_absent(own) or own == "" else str(own)
+        identity = _identity(entry.row.get("id"))
         try:
             if entry.error is not None:
                 raise FormatError(entry.error)
@@ -120,6 +119,8 @@ class Converter:
             return Skipped(entry.where, identity, str(error).removeprefix(f"{self._out}, line 0, "))
         except (FormatError, TypeError) as error:
             return Skipped(entry.where, identity, str(error))
+        except RecursionError:
+            return Skipped(entry.where, identity, "nested too deeply")
         paths = [] if self._allow_missing else [part.path for part in conversation.media]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
@@ -179,6 +180,13 @@ class Converter:
         return f"{folder}/{path.name}"
 
 
+def _identity(own: Any) -> str | None:
+    try:
+        return None if is_absent(own) or own == "" else str(own)
+    except RecursionError:  # said when the row is written
+        return None
+
+
 def is_absent(value: Any) -> bool:
     """Whether a value stands for none: null, or not a number, as tables write it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -192,7 +200,18 @@ def without_absent(value: Any) -> Any:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False)
+    """A row as JSON.
+
+    Raises:
+        FormatError: its text cannot be written as UTF-8.
+    """
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        half = json.dumps(line[error.start])
+        raise FormatError(f"half a character (the lone surrogate {half}); write it whole") from error
+    return line
 
 
 def to_messages(

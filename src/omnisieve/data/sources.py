@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,20 @@ _KIND_OF = {f".{suffix}": kind for kind, suffixes in _SUFFIXES.items() for suffi
 
 
 _DELIMITERS = (",", ";", "\t")
+
+
+class _LongInteger(str):
+    """Digits of an integer that is too long to be one; JSON has no limit."""
+
+    __slots__ = ()
+
+
+_JSON_NAMES: dict[type, str] = {
+    list: "a list", str: "a text", _LongInteger: "a number", int: "a number", float: "a number",
+    bool: "true or false", type(None): "null",
+}  # fmt: skip
+_MOST_DIGITS = 640
+"""Of an integer: Python reads as many whatever its settings are."""
 _LONGEST_FIELD = 2**31 - 1
 """In a table; the csv module stops at 131,072 characters by itself, and may not know larger numbers than this."""
 
@@ -58,10 +73,10 @@ def source_of(path: str) -> str:
         FormatError: nothing is there, or its suffix says nothing.
     """
     place = Path(path)
-    if place.is_dir():
+    if os.path.isdir(path):
         saved = any((place / name).is_file() for name in _SAVED)
         return "hf" if saved or any(place.rglob("*.parquet")) else "folder"
-    if not place.is_file():
+    if not os.path.isfile(path):
         raise FormatError(f"{path}: there is no such file or folder; for a name on the hub, add --format hf")
     source = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}.get(place.suffix.lower())
     if source is None:
@@ -106,8 +121,8 @@ def _read_json(path: Path) -> Iterator[Entry]:
         start = file.read(4096).lstrip()[:1]
     if start == "[":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except json.JSONDecodeError as error:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_integer)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise FormatError(f"{path}: no valid JSON ({error}); correct the file there") from error
         yield from (_entry(f"entry {number}", row) for number, row in enumerate(rows, 1))
     else:
@@ -120,15 +135,31 @@ def _read_lines(path: Path) -> Iterator[Entry]:
             if not line.strip():
                 continue
             try:
-                yield _entry(f"line {number}", json.loads(line))
-            except json.JSONDecodeError as error:
+                yield _entry(f"line {number}", json.loads(line, parse_int=_integer))
+            except (ValueError, RecursionError) as error:
                 yield Entry(f"line {number}", {}, f"no valid JSON ({error})")
 
 
+def _integer(digits: str) -> int | _LongInteger:
+    return int(digits) if len(digits) <= _MOST_DIGITS else _LongInteger(digits)
+
+
 def _entry(where: str, row: Any) -> Entry:
-    if isinstance(row, dict):
-        return Entry(where, row)
-    return Entry(where, {}, f"a JSON object is needed, this is a {type(row).__name__}")
+    if not isinstance(row, dict):
+        return Entry(where, {}, f"a JSON object is needed, this is {_JSON_NAMES[type(row)]}")
+    try:
+        number = _long_integer(row)
+    except RecursionError:
+        return Entry(where, {}, "nested too deeply")
+    return Entry(where, row, None if number is None else f"it holds an integer of {len(number)} digits; quote it")
+
+
+def _long_integer(value: Any) -> _LongInteger | None:
+    """The first such integer in a JSON value."""
+    if isinstance(value, _LongInteger):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for item in items if (found := _long_integer(item)) is not None), None)
 
 
 def _read_csv(path: Path) -> Iterator[Entry]:
