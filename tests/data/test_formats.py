@@ -143,12 +143,41 @@ def test_options_are_asked() -> None:
         {"options": "dog\nit's a cat\n"},
         {"option_A": "dog", "option_B": "it's a cat", "option_C": None},
         {"A": "dog", "B": "it's a cat", "C": ""},
+        {"options": {"a": "dog", "b": "it's a cat"}},
+        {"options": ["B. it's a cat", "A. dog"]},
+        {"choices": {"label": ["B", "A"], "text": ["it's a cat", "dog"]}},
+        {"options": ["a) dog", "b) it's a cat"]},
+        {"option2": "it's a cat", "option1": "dog"},
+        {"a0": "dog", "a1": "it's a cat"},
     ],
 )
 def test_options_in_every_writing(columns: dict[str, Any]) -> None:
     found = conversation({"video": "a.mp4", "question": "Which?", "answer": "(b)", **columns})
     assert content(found)[1].splitlines()[:3] == ["Which?", "A. dog", "B. it's a cat"]
     assert found.meta == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "kept"),
+    [
+        (["A: dog", "B: cat"], "B: cat", "B: cat"),
+        (["A: dog", "B: cat"], "(B) cat", "(B) cat"),
+        (["B. cat", "A. dog"], "B", "B"),
+        (["B. cat", "A. dog"], "B. cat", "B. cat"),
+        (["dog", "cat."], "cat", "cat"),
+        (["dog", "cat"], "Cat.", "Cat."),
+        (["dog", "C.I.A."], "c.i.a.", "c.i.a."),
+        (["dog", "J. Smith"], "J. Smith", "J. Smith"),
+        ({"0": "dog", "1": "cat"}, 1, "B"),
+        ({"1": "dog", "2": "cat"}, "2", "B"),
+        ({"label": ["1", "2"], "text": ["dog", "cat"]}, "2", "B"),
+        ([2, 1], 1, "1"),
+    ],
+)
+def test_answers_that_name_the_second_option(options: Any, answer: Any, kept: str) -> None:
+    found = conversation({"video": "a.mp4", "question": "Which?", "options": options, "answer": answer})
+    assert found.messages[1]["content"] == kept
+    assert content(found)[1].splitlines()[2].startswith("B. ")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +252,18 @@ def test_messages_keep_all_but_their_paths() -> None:
         ),
         ({"path": "a", "question": "?", "options": ["x", "y"], "answer": 1}, "'1' is neither the letter nor the text"),
         ({"path": "a", "question": "?", "options": ["B", "A"], "answer": "A"}, "letter of one option and the text of"),
-        ({"path": "a", "question": "?", "options": ["x"]}, "1 options are no choice"),
+        ({"path": "a", "question": "?", "options": ["x"]}, "the number of options is 1; from 2 to 26"),
+        (
+            {"path": "a", "question": "?", "options": ["x", "y"], "answer": 0},
+            "whether it counts from 0 or from 1 is not known: write the letter or the text",
+        ),
+        ({"path": "a", "question": "?", "options": ["A. x", "y"]}, "some options have a letter, others have none"),
+        ({"path": "a", "question": "?", "options": ["J. S", "B. J"], "answer": "B"}, "the options have other letters"),
+        (
+            {"path": "a", "question": "?", "option1": "2", "option2": "1", "answer": 1},
+            "name of one option and the text",
+        ),
+        ({"path": "a", "question": "?", "options": {"label": "AB", "text": "xy"}}, "a list of labels"),
         ({"path": "a", "question": "?", "options": ["x", None]}, "option 2 is None"),
         (
             {"path": "a", "question": "?", "options": {"A": "x", "C": "y"}},

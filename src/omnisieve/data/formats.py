@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from omnisieve.data.choices import ask, options_of
+from omnisieve.data.choices import Options, ask, is_asked, options_of
 from omnisieve.data.doubled_sound import doubled_sounds, without_sounds
 from omnisieve.data.manifest import KINDS, Conversation, ManifestError, no_path, parse_line
 from omnisieve.data.media import MediaReader
@@ -325,7 +325,7 @@ def _from_table(row: Mapping[str, Any], columns: Columns, question: str | None, 
         )
     options, used = options_of(present, columns.options)
     answer = _answer(row[columns.answer], columns.answer) if columns.answer in row else None
-    text = ask(asked, options, answer) if options else asked
+    text, answer = (asked, answer) if options is None else ask(asked, options, answer)
     parts = [{"type": kind, kind: file} for _, kind, file in media]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
     if answer is not None:
