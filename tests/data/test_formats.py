@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -180,23 +181,75 @@ def test_answers_that_name_the_second_option(options: Any, answer: Any, kept: st
     assert content(found)[1].splitlines()[2].startswith("B. ")
 
 
+def answered(value: Any) -> list[dict[str, Any]]:
+    """Rows of every form with the same answer."""
+    return [
+        {"path": "a.mp4", "question": "?", "answer": value},
+        {"query": "?", "response": value},
+        {"instruction": "?", "output": value},
+        {"query": "?", "history": [["?", value]]},
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": value}]},
+        {"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": value}]},
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": value}]},
+    ]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_options_are_asked_in_every_form(several: bool) -> None:
+    user = {"role": "user", "content": "<video>Which?"}
+    parts = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Which?"}]
+    rows: list[dict[str, Any]] = [
+        {"query": "Which?", "response": "B"},
+        {"instruction": "Which?", "output": "B"},
+        {"query": "Which?", "response": "B", "history": [["Who?", "Ann"]]},
+        {"conversations": turns("<video>Which?", "B")},
+        {"messages": [user, {"role": "assistant", "content": "B"}]},
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "B"}], "videos": None},
+    ]
+    for number, row in enumerate(rows):
+        row = {"videos": ["a.mp4"], "level": 3, "options": ["dog", "cat"], **row}
+        found = conversation(row)
+        (*_, asked) = found.questions()
+        assert asked.meta["question"].endswith("Which?\nA. dog\nB. cat\nAnswer with the option's letter.")
+        assert (found.messages[-1]["content"], found.meta) == ("B", {"level": 3})
+        numbered = {key: value for key, value in row.items() if key != "options"} | {"option1": "dog", "option2": "cat"}
+        text = json.dumps(numbered).replace('"B"', '"2"')
+        assert conversation(json.loads(text)).messages[-1]["content"] == "B"
+        wrong = json.loads(json.dumps(row).replace('"B"', '"cow"'))
+        assert "neither the letter nor the text" in reason(wrong)
+        key = next((key for key in ("messages", "conversations") if key in row), None)
+        if several and key is not None:
+            assert "and 2 questions: which one they belong to is not known" in reason(row | {key: row[key] * 2}), number
+
+
+def test_options_that_a_question_of_several_names_stay_what_they_are() -> None:
+    row = {"conversations": turns("Which?\nA. dog\nB. cat", "B", "Why?", "Fur."), "options": ["dog", "cat"]}
+    assert conversation(row).meta == {"options": ["dog", "cat"]}
+
+
+def reason(row: dict[str, Any]) -> str:
+    found = Converter(Path("/d/m.jsonl"), Path("/d/media"), allow_missing=True).convert(Entry("line 7", row))
+    assert isinstance(found, Skipped)
+    return found.reason
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [("dog", "dog"), (0, "0"), (1.0, "1.0"), (True, "true"), (False, "false"), (" x ", " x ")]
 )
 def test_answers_that_are_one_text(value: Any, text: str) -> None:
-    for row in ({"path": "a.mp4", "question": "?", "answer": value}, {"query": "?", "response": value}):
-        assert conversation(row).messages[1]["content"] == text
+    for row in answered(value):
+        assert [m["content"] for m in conversation(row).messages if m["role"] == "assistant"] == [text]
 
 
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("value", [None, "", " ", NAN, float("inf"), ["dog"], {"x": 1}, []])
+@pytest.mark.parametrize("value", [None, "", " ", "nan", "NaN", " [] ", NAN, float("inf"), ["dog"], {"x": 1}, []])
 def test_answers_that_are_none(value: Any) -> None:
-    for row in ({"path": "a.mp4", "question": "?", "answer": value}, {"query": "?", "response": value}):
+    for row in answered(value):
         found = Converter(Path("/d/m.jsonl"), Path("/d"), allow_missing=True).convert(Entry("line 7", row))
         assert isinstance(found, Skipped)
-        assert "the answer, column " in found.reason
+        assert "the answer, " in found.reason
 
 
 def test_null_and_nan_count_as_absent() -> None:
@@ -297,10 +350,13 @@ def test_paths_lead_from_the_manifest_to_the_file_through_links(tmp_path: Path) 
     assert part.path.is_file()
 
 
+TEXTS = st.text(st.characters(categories=["L", "Zs"]), min_size=1, max_size=12).filter(
+    lambda text: bool(text.strip()) and text.strip() not in ("nan", "NaN")
+)
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\n\r\0"), max_size=12)
 
 
-@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), st.dictionaries(WORDS, WORDS, max_size=3))
+@given(st.lists(st.tuples(WORDS, TEXTS), min_size=1, max_size=3), st.dictionaries(WORDS, WORDS, max_size=3))
 def test_every_text_and_key_survives(texts: list[tuple[str, str]], extra: dict[str, str]) -> None:
     taken = {"id", "conversations", "messages", "system", "video", "audio", "image", "videos", "audios", "images"}
     extra = {key: value for key, value in extra.items() if key not in taken}

@@ -4,13 +4,14 @@ What an entry may be, by its keys:
 
 | keys | form |
 |---|---|
-| `messages` | messages form already; only its paths change |
+| `messages` | messages form already; its paths change, and numbers as answers become texts |
 | `conversations` | ShareGPT, LLaVA, LLaVA-Video: turns of `from` and `value`, or of `role` and `content` |
 | `query`, `instruction` | ms-swift, Alpaca: perhaps with `response` or `output`, and `history`, pairs of texts |
 | otherwise | a path, a question and perhaps an answer and options, in columns |
 
-All but the last have files in `video(s)`, `audio(s)`, `image(s)`, and perhaps `system`. All other keys are kept, `id`
-among them. A key that is null (or NaN) counts as absent; an answer that is there but null is no answer.
+All but the last have files in `video(s)`, `audio(s)`, `image(s)`, and perhaps `system`. Each may have options of its
+one question, which are asked with it. All other keys are kept, `id` among them. A key that is null (or NaN) counts as
+absent; an answer that is there but null is no answer.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _PAIRS = (("query", "response"), ("instruction", "output"))
+_NO_ANSWERS = ("nan", "NaN", "[]")  # as tables are written by programs
 _TURN_KEYS = (("from", "value"), ("role", "content"))
 _PATH_COLUMNS = ("path", *(name for kind in KINDS for name in (kind, f"{kind}_path", f"{kind}s")), "file_name")
 # LLaVA's line breaks between a placeholder and the text separate the two and are part of neither.
@@ -224,13 +226,76 @@ def to_messages(
     """
     present = without_absent(row)
     if "messages" in present:
-        return present
+        return _with_options({**present, "messages": _with_answers(present["messages"])}, columns)
     if "conversations" in present:
-        return _from_sharegpt(present)
+        return _with_options(_from_sharegpt(present), columns)
     for question_key, answer_key in _PAIRS:
         if question_key in present and columns.question not in present:
-            return _from_pairs(row, question_key, answer_key)
+            return _from_pairs(row, question_key, answer_key, columns)
     return _from_table(row, columns, question, root)
+
+
+def _with_answers(messages: Any) -> Any:
+    """Messages whose answers are texts; of other mistakes the manifest's rules speak."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {**message, "content": _turn_answer(message.get("content"), f"messages[{index}].content")}
+        if isinstance(message, Mapping) and message.get("role") == "assistant"
+        else message
+        for index, message in enumerate(messages)
+    ]
+
+
+def _turn_answer(content: Any, where: str) -> Any:
+    """An answer as text, or in parts as it is."""
+    return content if isinstance(content, list) and _text_of(content).strip() else _answer(content, where)
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content, which may be wrong in any way."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+
+
+def _with_options(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """A row in messages form with its options asked.
+
+    Raises:
+        FormatError: it is not clear in which question.
+    """
+    options, used = options_of(row, columns.options)
+    messages = row["messages"]
+    if options is None or not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        return row
+    asked = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+    if len(asked) != 1:
+        if any(is_asked(_text_of(messages[index].get("content")), options) for index in asked):
+            return row
+        raise FormatError(
+            f"there are options, column {', '.join(sorted(used))}, and {len(asked)} questions: which one they belong "
+            "to is not known; write them into it, and give the column another name"
+        )
+    rest = {key: value for key, value in row.items() if key not in used}
+    return {**rest, "messages": _choice(messages, asked[0], options)}
+
+
+def _choice(messages: list[Any], index: int, options: Options) -> list[Any]:
+    """Messages with options behind the question at `index`, and their answer behind it checked."""
+    messages = list(messages)
+    question = messages[index].get("content")
+    replies = index + 1 < len(messages) and messages[index + 1].get("role") == "assistant"
+    answer = _text_of(messages[index + 1]["content"]) if replies else None
+    before = _text_of(question)
+    text, checked = ask(before, options, answer)
+    added = text.removeprefix(before)
+    if added:
+        content = [*question, {"type": "text", "text": added}] if isinstance(question, list) else text
+        messages[index] = {**messages[index], "content": content}
+    if checked != answer:
+        messages[index + 1] = {**messages[index + 1], "content": checked}
+    return messages
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,13 +315,17 @@ def _turn(turn: Any, index: int) -> dict[str, Any]:
     if role is None:
         raise FormatError(f"{where}.{keys[0]} is {turn[keys[0]]!r}; one of {', '.join(_ROLES)} is needed")
     content = turn.get(keys[1])
+    if role == "assistant" and keys[1] == "content":
+        content = _turn_answer(content, f"{where}.content")
+    elif role == "assistant":
+        content = _answer(content, f"{where}.{keys[1]}")
     # What is in parts is messages form already.
     if not isinstance(content, str) and not (keys[1] == "content" and isinstance(content, list)):
         raise FormatError(f"{where}.{keys[1]}: a string is needed")
     return {**{k: v for k, v in turn.items() if k not in keys}, "role": role, "content": content}
 
 
-def _from_pairs(row: Mapping[str, Any], question_key: str, answer_key: str) -> dict[str, Any]:
+def _from_pairs(row: Mapping[str, Any], question_key: str, answer_key: str, columns: Columns) -> dict[str, Any]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise FormatError("'history' is no list of pairs, a question and its answer each")
@@ -268,9 +337,12 @@ def _from_pairs(row: Mapping[str, Any], question_key: str, answer_key: str) -> d
         if not isinstance(asked, str):
             raise FormatError(f"a question is {asked!r}; a string is needed")
         messages.append({"role": "user", "content": asked})
-        messages += [{"role": "assistant", "content": _answer(text, answer_key)} for text in answer]
-    taken = (question_key, answer_key, "history", "input")
-    return _with_files({key: value for key, value in without_absent(row).items() if key not in taken}, messages)
+        messages += [{"role": "assistant", "content": _answer(text, f"column {answer_key!r}")} for text in answer]
+    rest = without_absent({key: value for key, value in row.items() if key not in (question_key, answer_key, "input")})
+    options, used = options_of(rest, columns.options)
+    if options is not None:
+        messages = _choice(messages, 2 * len(history), options)
+    return _with_files({key: value for key, value in rest.items() if key not in {"history", *used}}, messages)
 
 
 def _with_files(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -291,19 +363,21 @@ def _with_files(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[
     return {**rest, "messages": messages, **{name: values for name, values in files.items() if values}}
 
 
-def _answer(value: Any, column: str) -> str:
+def _answer(value: Any, where: str) -> str:
     """An answer as text; numbers and truth values as JSON writes them.
 
     Raises:
         FormatError: it is not one text.
     """
+    if isinstance(value, str) and value.strip() in _NO_ANSWERS:
+        raise FormatError(f"the answer, {where}, is {value!r}, which stands for none")
     if isinstance(value, str) and value.strip():
         return value
-    if is_absent(value) or value == "" or isinstance(value, str):
-        what = "empty" if value is None or isinstance(value, str) else "not a number (NaN)"
-        raise FormatError(f"the answer, column {column!r}, is {what}")
+    if is_absent(value) or isinstance(value, str):
+        what = "not a number (NaN)" if isinstance(value, float) else "empty"
+        raise FormatError(f"the answer, {where}, is {what}")
     if not isinstance(value, bool | int | float) or value in (math.inf, -math.inf):
-        raise FormatError(f"the answer, column {column!r}, is {value!r}; one text is needed")
+        raise FormatError(f"the answer, {where}, is {value!r}; one text is needed")
     return json.dumps(value)
 
 
@@ -324,7 +398,7 @@ def _from_table(row: Mapping[str, Any], columns: Columns, question: str | None, 
             f"no question in column {columns.question!r}; name another with --columns question=NAME, or add --question"
         )
     options, used = options_of(present, columns.options)
-    answer = _answer(row[columns.answer], columns.answer) if columns.answer in row else None
+    answer = _answer(row[columns.answer], f"column {columns.answer!r}") if columns.answer in row else None
     text, answer = (asked, answer) if options is None else ask(asked, options, answer)
     parts = [{"type": kind, kind: file} for _, kind, file in media]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
