@@ -76,7 +76,10 @@ def convert(args: argparse.Namespace) -> int:
         if not complete:
             raise Incomplete
     tell_of_sound(converter)
+    tell_of_columns(converter)
     report(out, count, skipped, complete)
+    if complete:
+        tell_of_answers(converter)
     return 0 if complete else 1
 
 
@@ -163,17 +166,44 @@ def columns_of(pairs: Sequence[str]) -> Columns:
     return Columns(**given)
 
 
+def counted(number: int) -> str:
+    """So many entries."""
+    return "1 entry" if number == 1 else f"{number} entries"
+
+
+def having(number: int) -> str:
+    """So many entries, and the verb that goes with them."""
+    return f"{counted(number)} {'has' if number == 1 else 'have'}"
+
+
+def tell_of_columns(converter: Converter) -> None:
+    """Name once the columns that are not in the manifest."""
+    if converter.dropped:
+        names = ", ".join(map(repr, sorted(converter.dropped)))
+        print(f"left out, because JSON cannot hold what is there: {names}", file=sys.stderr)
+
+
+def tell_of_answers(converter: Converter) -> None:
+    """Say how many entries have no answer, and where there may be one."""
+    if not converter.unlabelled:
+        return
+    print(f"{having(converter.unlabelled)} no answer", file=sys.stderr)
+    if converter.like_answers:
+        names = ", ".join(map(repr, sorted(converter.like_answers)))
+        print(f"is one of these columns the answer: {names}? Name it with --columns answer=NAME", file=sys.stderr)
+
+
 def tell_of_sound(converter: Converter) -> None:
     """Say once what became of sound files beside videos that have sound themselves."""
     if converter.doubled:
         print(
-            f"{converter.doubled} entries have a video with sound and, beside it, a sound file of the same length: it "
+            f"{having(converter.doubled)} a video with sound and, beside it, a sound file of the same length: it "
             "would be heard twice. The video's own is kept, the file is left out; --sound both keeps both",
             file=sys.stderr,
         )
     if converter.beside:
         print(
-            f"{converter.beside} entries have a video with sound and, beside it, a sound file of another length: both "
+            f"{having(converter.beside)} a video with sound and, beside it, a sound file of another length: both "
             "are kept and heard",
             file=sys.stderr,
         )
@@ -184,7 +214,7 @@ def report(out: Path, count: int, skipped: Sequence[Skipped], complete: bool) ->
     path = skipped_of(out)
     if not skipped:
         path.unlink(missing_ok=True)
-        print(f"{out}: {count} entries" if complete else f"{out} was not written: there is no entry", file=sys.stderr)
+        print(f"{out}: {counted(count)}" if complete else f"{out} was not written: there is no entry", file=sys.stderr)
         return
     text = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
     # Half a character, which UTF-8 cannot write, stays an escape of JSON.
@@ -192,9 +222,9 @@ def report(out: Path, count: int, skipped: Sequence[Skipped], complete: bool) ->
     for entry in skipped[:SHOWN]:
         print(f"{entry.where}: {entry.reason}", file=sys.stderr)
     total = count + len(skipped)
-    print(f"{len(skipped)} of {total} entries cannot be used; all are listed in {path}", file=sys.stderr)
+    print(f"{len(skipped)} of {counted(total)} cannot be used; all are listed in {path}", file=sys.stderr)
     cure = "" if count == 0 else "; correct them, or leave them out with --skip-bad"
-    print(f"{out}: {count} entries" if complete else f"{out} was not written{cure}", file=sys.stderr)
+    print(f"{out}: {counted(count)}" if complete else f"{out} was not written{cure}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -441,6 +442,23 @@ def test_tables_with_line_breaks_in_cells(tmp_path: Path) -> None:
         entries(tmp_path / "c.csv")
 
 
+@pytest.mark.parametrize("stray", ['"q"r', '"q" he said', '"open'])
+def test_a_stray_quotation_mark_is_the_error_of_its_line(tmp_path: Path, stray: str) -> None:
+    rows = [f"a.mp4,{stray},x", 'b.mp4,"two', 'lines",y', f"c.mp4,{stray},x", "d.mp4,q,z", ""]
+    (tmp_path / "a.csv").write_text("\n".join(["path,question,answer", *rows]))
+    found = {entry.where: entry for entry in entries(tmp_path / "a.csv")}
+    assert "quotation mark" in str(found["line 2"].error)
+    assert "quotation mark" in str(found["line 5"].error)
+    assert found["line 3"].row["question"] == "two\nlines"
+    assert found["line 6"].row == {"path": "d.mp4", "question": "q", "answer": "z"}
+    assert len(found) == 4
+    (tmp_path / "a.tsv").write_text("path\tquestion\tanswer\n" + "\n".join(rows).replace(",", "\t"))
+    found = {entry.where: entry for entry in entries(tmp_path / "a.tsv")}
+    assert [entry.error for entry in found.values()] == [None] * 4
+    assert found["line 2"].row["question"] == found["line 5"].row["question"] == stray
+    assert found["line 3"].row["question"] == "two\nlines"
+
+
 def test_a_folder_gives_its_media_files_in_order(tmp_path: Path) -> None:
     for name in ("b.MP4", "a/c.webm", "a/sound.wav", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -469,6 +487,20 @@ def test_hugging_face_folders_without_decoding(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     split.to_parquet(tmp_path / "files" / "train.parquet")
     assert [entry.row["id"] for entry in entries(tmp_path / "files")] == ["a", "b"]
+
+
+def test_dates_become_text_and_what_json_cannot_hold_is_left_out(tmp_path: Path) -> None:
+    import datasets
+
+    day = datetime.datetime(2024, 5, 6, 7, 8)
+    row = {"path": "a.mp4", "question": "?", "answer": day.date(), "at": [{"day": day}], "raw": b"x", "id": "a"}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "saved")
+    converter = Converter(tmp_path / "m.jsonl", tmp_path, allow_missing=True)
+    (line,) = map(converter.convert, entries(tmp_path / "saved"))
+    found = parse_line(str(line), tmp_path / "m.jsonl", 1)
+    assert found.messages[1]["content"] == "2024-05-06"
+    assert found.meta == {"at": [{"day": "2024-05-06T07:08:00"}]}
+    assert converter.dropped == {"raw"}
 
 
 def test_media_inside_a_data_set_are_written_beside_the_manifest(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ _ROLES = {
 }  # fmt: skip
 _PAIRS = (("query", "response"), ("instruction", "output"))
 _NO_ANSWERS = ("nan", "NaN", "[]")  # as tables are written by programs
+_FORM_KEYS = {"messages", "conversations", *(question for question, _ in _PAIRS)}
+_LIKE_ANSWER = re.compile(
+    r"(correct|right|gold)?answers?(key|idx|index|id|letter|text)?|correct(option|choice|idx)?|groundtruth|gt|labels?|"
+    r"gold|output|response|solution|target"
+)
 _TURN_KEYS = (("from", "value"), ("role", "content"))
 _PATH_COLUMNS = ("path", *(name for kind in KINDS for name in (kind, f"{kind}_path", f"{kind}s")), "file_name")
 # LLaVA's line breaks between a placeholder and the text separate the two and are part of neither.
@@ -75,6 +80,9 @@ class Converter:
     Attributes:
         doubled: entries whose videos' sound was there as a file, too, which was left out.
         beside: entries that have other sound files beside a video with sound; all are heard.
+        unlabelled: entries without an answer.
+        like_answers: names of columns of these that look as if they held the answer.
+        dropped: names of columns left out, which hold what JSON cannot.
     """
 
     def __init__(
@@ -96,7 +104,9 @@ class Converter:
             allow_missing: take media files that are not there.
             sound: "video": a sound file that says what its video says again is left out; "both": all are kept.
         """
-        self.doubled = self.beside = 0
+        self.doubled = self.beside = self.unlabelled = 0
+        self.like_answers: set[str] = set()
+        self.dropped: set[str] = set()
         self._out = out
         self._folder = out.parent.resolve()
         self._root = media_root
@@ -112,6 +122,7 @@ class Converter:
             if entry.error is not None:
                 raise FormatError(entry.error)
             row = self._with_places(to_messages(entry.row, self._columns, self._question, self._root))
+            row = self._in_json(row)
             if identity is None:
                 row.pop("id", None)
                 row = {"id": entry.where.removeprefix("file "), **row}
@@ -127,7 +138,25 @@ class Converter:
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             return Skipped(entry.where, identity, f"{os.path.normpath(missing[0])}: there is no such file")
+        self._note_answer(entry.row, conversation)
         return _line(row if self._reader is None else self._heard_once(row, conversation, self._reader))
+
+    def _in_json(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row without the columns that JSON cannot hold."""
+        try:
+            json.dumps(row)
+        except TypeError:
+            unfit = {key for key, value in row.items() if key != "messages" and not _is_json(value)}
+            self.dropped |= unfit
+            return {key: value for key, value in row.items() if key not in unfit}
+        return row
+
+    def _note_answer(self, row: Mapping[str, Any], conversation: Conversation) -> None:
+        if any(message["role"] == "assistant" for message in conversation.messages):
+            return
+        self.unlabelled += 1
+        if not row.keys() & _FORM_KEYS:
+            self.like_answers |= {key for key in row if _LIKE_ANSWER.fullmatch(re.sub("[_ ]", "", key).lower())}
 
     def _heard_once(self, row: dict[str, Any], conversation: Conversation, reader: MediaReader) -> dict[str, Any]:
         doubled, others = doubled_sounds(conversation, reader)
@@ -180,6 +209,14 @@ class Converter:
             with replacing(path, lambda _: False) as staged:
                 staged.write_bytes(content)
         return f"{folder}/{path.name}"
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _identity(own: Any) -> str | None:

@@ -14,8 +14,10 @@ import csv
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +173,47 @@ def _read_csv(path: Path) -> Iterator[Entry]:
         header = next(reader, [])
         if not header or len(set(header)) < len(header):
             raise FormatError(f"{path}: the first line must name each column once, it has {header}")
-        # A record may go over several lines; it is named by its first.
-        first = reader.line_num + 1
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                yield Entry(f"line {first}", {}, f"{len(cells)} cells, but the header has {len(header)} columns")
-            elif cells:
-                yield Entry(f"line {first}", dict(zip(header, cells, strict=True)))
-            first = reader.line_num + 1
+        yield from _read_records(file, reader.line_num + 1, header, delimiter)
+
+
+def _read_records(lines: Iterator[str], first: int, header: list[str], delimiter: str) -> Iterator[Entry]:
+    """Rows of a table; a record may go over several lines, and is named by its first.
+
+    A stray quotation mark swallows what is behind it: then the line is an error, and reading goes on with the next one.
+    Where tabs separate columns, most programs write none that means anything.
+    """
+    again: deque[str] = deque()
+    while True:
+        taken: list[str] = []
+        try:
+            cells = next(csv.reader(_noted(again, lines, taken), delimiter=delimiter, strict=True), None)
+            problem = None
+        except csv.Error as error:
+            cells, problem = [], f"a quotation mark is not in its place ({error}); write two of them inside a cell"
+        if cells is None:
+            return
+        wrong = problem is not None or len(cells) not in (0, len(header))
+        if wrong and delimiter == "\t":
+            plain = next(csv.reader(taken[:1], delimiter=delimiter, quoting=csv.QUOTE_NONE))
+            if len(plain) == len(header):
+                cells, problem = plain, None
+        if wrong and (problem is not None or delimiter == "\t"):
+            again.extendleft(reversed(taken[1:]))
+            del taken[1:]
+        if problem is None and len(cells) not in (0, len(header)):
+            problem = f"{len(cells)} cells, but the header has {len(header)} columns"
+        if problem is not None:
+            yield Entry(f"line {first}", {}, problem)
+        elif cells:
+            yield Entry(f"line {first}", dict(zip(header, cells, strict=True)))
+        first += len(taken)
+
+
+def _noted(again: deque[str], lines: Iterator[str], taken: list[str]) -> Iterator[str]:
+    """Lines that are to be read again, and then the others; those that were read are noted."""
+    while (line := again.popleft() if again else next(lines, None)) is not None:
+        taken.append(line)
+        yield line
 
 
 def _delimiter(header: str, usual: str) -> str:
@@ -222,4 +257,13 @@ def _read_rows(data: Any) -> Iterator[Entry]:
     for table in data.with_format("arrow").iter(100):
         for row in table.to_pylist():
             number += 1
-            yield Entry(f"row {number}", row)
+            yield Entry(f"row {number}", _with_dates(row))
+
+
+def _with_dates(value: Any) -> Any:
+    """Dates and times as ISO text."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {key: _with_dates(item) for key, item in value.items()}
+    return [_with_dates(item) for item in value] if isinstance(value, list) else value
