@@ -18,9 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,26 +41,33 @@ from omnisieve.config import ConfigError, MediaSection, TrainConfig, read_config
 from omnisieve.data.batch import Sample
 from omnisieve.data.check import Files, Row, Sampling, identity_of, note, size_of
 from omnisieve.data.dataset import LoadedMedium, MediaLoader
-from omnisieve.data.errors import DataError, SampleError, shortened
+from omnisieve.data.errors import DataError, SampleError, described, shortened
 from omnisieve.data.manifest import Manifest, ManifestError, MediaPart, holds
 from omnisieve.data.read_ahead import ReadAhead
 from omnisieve.data.sizes import write_sizes
 from omnisieve.data.tokens import IGNORED, Run
-from omnisieve.files import write_text
+from omnisieve.files import NotOursError, write_text
 from omnisieve.layout import Modality, TokenLayout
 from omnisieve.training.build import make_compressor
 from omnisieve.training.reach import Reach, drawn
 
 FILES, SAMPLES, SIZES, SUMMARY = "files.jsonl", "samples.jsonl", "sizes.jsonl", "summary.md"
+KEYS: dict[str, tuple[str, ...]] = {
+    FILES: ("path", "kind", "bytes", "changed", "asked", "problem"),
+    SAMPLES: ("id", "problem"),
+    SIZES: ("manifest", "preprocessing"),
+    SUMMARY: (),
+}
+"""Files of a report, and the keys that the first line of each has at least."""
 SHOWN = 5
 
 
 def main(argv: list[str]) -> int:
     """Check and report; 1 when something is broken."""
     args = parse(argv)
-    folder: Path = args.report or args.manifest.with_name(f"{args.manifest.name}.check")
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(args.manifest)
+    folder: Path = args.report or args.manifest.with_name(f"{args.manifest.name}.check")
+    make_folder(folder)
     media, loader = MediaSection(), None
     if args.config is not None:
         config = read_config(TrainConfig, args.config, args.overrides)
@@ -78,7 +86,7 @@ def main(argv: list[str]) -> int:
         write_sizes(folder / SIZES, args.manifest, loader.preprocessing(""), map(sizes_of, samples))
     write_rows(folder / SAMPLES, samples)
     text = summary(args.manifest, files, samples)
-    write_text(folder / SUMMARY, text)
+    write_text(folder / SUMMARY, text, is_report)
     print(text)
     return int(any(row["problem"] for row in (*files, *samples)))
 
@@ -145,6 +153,7 @@ def read_lines(manifest: Manifest) -> tuple[list[MediaPart], list[Row]]:
 def check_files(files: Files, path: Path, workers: int) -> list[Row]:
     """A row per file; those of an earlier run that still hold are taken from its report."""
     known = {identity_of(row): row for row in read_rows(path) if not row["problem"]}
+    write_rows(path, list(known.values()))  # without a line that was cut short
     rows = [known.get(identity_of(files.identity(index))) for index in range(len(files))]
     missing = [index for index, row in enumerate(rows) if row is None]
     todo = files.choose(missing)
@@ -245,16 +254,59 @@ def ahead(rows: Dataset[Row], workers: int) -> Iterable[Row]:
     return ReadAhead(rows, num_workers=workers)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report, or take the one that is there.
+
+    Raises:
+        DataError: it cannot be written, or holds a file of another's that has the name of one that is to be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [folder / name for name in KEYS if os.path.lexists(folder / name)]
+    except OSError as error:
+        cure = "choose another folder with --report"
+        raise DataError(f"{folder}: no report can be written there ({described(error)}); {cure}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"{folder} cannot be written; choose another folder with --report")
+    if foreign := [path for path in found if not is_report(path)]:
+        raise DataError(f"{foreign[0]} is there and is no report of this program; move it, or name another --report")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file was written by this program, by its beginning."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+            if path.name == SUMMARY:
+                return (
+                    first.startswith("# ") and re.match(r"\n\d+ samples, \d+ media files, ", file.read(80)) is not None
+                )
+    except (OSError, UnicodeDecodeError):
+        return False
+    # A run that was killed may leave an empty file, or less than one line.
+    return is_row(first, KEYS[path.name]) if first.endswith("\n") else first[:9] == '{"path": '[: len(first)]
+
+
+def is_row(line: str, keys: Collection[str]) -> bool:
+    """Whether a line is a JSON object with such keys."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and row.keys() >= set(keys)
+
+
 def read_rows(path: Path) -> list[Row]:
-    """Rows of an earlier report; a line that was cut short ends it."""
+    """Rows about files of an earlier report; lines that a killed run cut short are passed over."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return [json.loads(line) for line in file if is_row(line, KEYS[FILES])]
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Put rows into a file, all or none."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), is_report)
 
 
 def summary(manifest: Path, files: Sequence[Row], samples: Sequence[Row]) -> str:
@@ -299,5 +351,5 @@ def table(title: str, found: Sequence[tuple[Row, Row]]) -> list[str]:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (BackboneError, CompressorError, ConfigError, DataError) as error:
+    except (BackboneError, CompressorError, ConfigError, DataError, NotOursError) as error:
         sys.exit(f"check_data.py: {error}")

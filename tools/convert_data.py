@@ -23,11 +23,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from omnisieve.data.errors import DataError
+from omnisieve.data.errors import DataError, described
 from omnisieve.data.formats import Columns, Converter, Skipped
 from omnisieve.data.manifest import is_manifest
 from omnisieve.data.sources import SOURCES, FormatError, read_entries, source_of
-from omnisieve.files import replacing, write_text
+from omnisieve.files import NotOursError, replacing, write_text
 
 FOLDER_QUESTION = "Describe what can be seen and heard."
 SHOWN = 5
@@ -36,6 +36,16 @@ SHOWN = 5
 def main(argv: list[str]) -> int:
     """Convert and say what was done; 1 when entries cannot be used and were not to be left out."""
     args = parse(argv)
+    try:
+        return convert(args)
+    except NotOursError as error:
+        raise FormatError(str(error)) from error
+    except OSError as error:  # what is read has errors of its own
+        raise FormatError(f"{args.out} cannot be written: {described(error)}; choose another place") from error
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert a data set; see `main`."""
     out: Path = args.out
     source = source_of(args.source) if args.format == "auto" else args.format
     if Path(args.source).resolve() == out.resolve():
@@ -66,7 +76,10 @@ def main(argv: list[str]) -> int:
         if not complete:
             raise Incomplete
     tell_of_sound(converter)
+    tell_of_columns(converter)
     report(out, count, skipped, complete)
+    if complete:
+        tell_of_answers(converter)
     return 0 if complete else 1
 
 
@@ -97,7 +110,7 @@ def is_list_of_skipped(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as file:
             return json.loads(file.readline()).keys() == {field.name for field in fields(Skipped)}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -153,17 +166,44 @@ def columns_of(pairs: Sequence[str]) -> Columns:
     return Columns(**given)
 
 
+def counted(number: int) -> str:
+    """So many entries."""
+    return "1 entry" if number == 1 else f"{number} entries"
+
+
+def having(number: int) -> str:
+    """So many entries, and the verb that goes with them."""
+    return f"{counted(number)} {'has' if number == 1 else 'have'}"
+
+
+def tell_of_columns(converter: Converter) -> None:
+    """Name once the columns that are not in the manifest."""
+    if converter.dropped:
+        names = ", ".join(map(repr, sorted(converter.dropped)))
+        print(f"left out, because JSON cannot hold what is there: {names}", file=sys.stderr)
+
+
+def tell_of_answers(converter: Converter) -> None:
+    """Say how many entries have no answer, and where there may be one."""
+    if not converter.unlabelled:
+        return
+    print(f"{having(converter.unlabelled)} no answer", file=sys.stderr)
+    if converter.like_answers:
+        names = ", ".join(map(repr, sorted(converter.like_answers)))
+        print(f"is one of these columns the answer: {names}? Name it with --columns answer=NAME", file=sys.stderr)
+
+
 def tell_of_sound(converter: Converter) -> None:
     """Say once what became of sound files beside videos that have sound themselves."""
     if converter.doubled:
         print(
-            f"{converter.doubled} entries have a video with sound and, beside it, a sound file of the same length: it "
+            f"{having(converter.doubled)} a video with sound and, beside it, a sound file of the same length: it "
             "would be heard twice. The video's own is kept, the file is left out; --sound both keeps both",
             file=sys.stderr,
         )
     if converter.beside:
         print(
-            f"{converter.beside} entries have a video with sound and, beside it, a sound file of another length: both "
+            f"{having(converter.beside)} a video with sound and, beside it, a sound file of another length: both "
             "are kept and heard",
             file=sys.stderr,
         )
@@ -174,15 +214,17 @@ def report(out: Path, count: int, skipped: Sequence[Skipped], complete: bool) ->
     path = skipped_of(out)
     if not skipped:
         path.unlink(missing_ok=True)
-        print(f"{out}: {count} entries" if complete else f"{out} was not written: there is no entry", file=sys.stderr)
+        print(f"{out}: {counted(count)}" if complete else f"{out} was not written: there is no entry", file=sys.stderr)
         return
-    write_text(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped))
+    text = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
+    # Half a character, which UTF-8 cannot write, stays an escape of JSON.
+    write_text(path, text.encode(errors="backslashreplace").decode())
     for entry in skipped[:SHOWN]:
         print(f"{entry.where}: {entry.reason}", file=sys.stderr)
     total = count + len(skipped)
-    print(f"{len(skipped)} of {total} entries cannot be used; all are listed in {path}", file=sys.stderr)
+    print(f"{len(skipped)} of {counted(total)} cannot be used; all are listed in {path}", file=sys.stderr)
     cure = "" if count == 0 else "; correct them, or leave them out with --skip-bad"
-    print(f"{out}: {count} entries" if complete else f"{out} was not written{cure}", file=sys.stderr)
+    print(f"{out}: {counted(count)}" if complete else f"{out} was not written{cure}", file=sys.stderr)
 
 
 if __name__ == "__main__":

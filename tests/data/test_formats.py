@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,12 @@ def test_options_are_asked() -> None:
         {"options": "dog\nit's a cat\n"},
         {"option_A": "dog", "option_B": "it's a cat", "option_C": None},
         {"A": "dog", "B": "it's a cat", "C": ""},
+        {"options": {"a": "dog", "b": "it's a cat"}},
+        {"options": ["B. it's a cat", "A. dog"]},
+        {"choices": {"label": ["B", "A"], "text": ["it's a cat", "dog"]}},
+        {"options": ["a) dog", "b) it's a cat"]},
+        {"option2": "it's a cat", "option1": "dog"},
+        {"a0": "dog", "a1": "it's a cat"},
     ],
 )
 def test_options_in_every_writing(columns: dict[str, Any]) -> None:
@@ -152,22 +160,97 @@ def test_options_in_every_writing(columns: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "answer", "kept"),
+    [
+        (["A: dog", "B: cat"], "B: cat", "B: cat"),
+        (["A: dog", "B: cat"], "(B) cat", "(B) cat"),
+        (["B. cat", "A. dog"], "B", "B"),
+        (["B. cat", "A. dog"], "B. cat", "B. cat"),
+        (["dog", "cat."], "cat", "cat"),
+        (["dog", "cat"], "Cat.", "Cat."),
+        (["dog", "C.I.A."], "c.i.a.", "c.i.a."),
+        (["dog", "J. Smith"], "J. Smith", "J. Smith"),
+        ({"0": "dog", "1": "cat"}, 1, "B"),
+        ({"1": "dog", "2": "cat"}, "2", "B"),
+        ({"label": ["1", "2"], "text": ["dog", "cat"]}, "2", "B"),
+        ([2, 1], 1, "1"),
+    ],
+)
+def test_answers_that_name_the_second_option(options: Any, answer: Any, kept: str) -> None:
+    found = conversation({"video": "a.mp4", "question": "Which?", "options": options, "answer": answer})
+    assert found.messages[1]["content"] == kept
+    assert content(found)[1].splitlines()[2].startswith("B. ")
+
+
+def answered(value: Any) -> list[dict[str, Any]]:
+    """Rows of every form with the same answer."""
+    return [
+        {"path": "a.mp4", "question": "?", "answer": value},
+        {"query": "?", "response": value},
+        {"instruction": "?", "output": value},
+        {"query": "?", "history": [["?", value]]},
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": value}]},
+        {"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": value}]},
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": value}]},
+    ]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_options_are_asked_in_every_form(several: bool) -> None:
+    user = {"role": "user", "content": "<video>Which?"}
+    parts = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Which?"}]
+    rows: list[dict[str, Any]] = [
+        {"query": "Which?", "response": "B"},
+        {"instruction": "Which?", "output": "B"},
+        {"query": "Which?", "response": "B", "history": [["Who?", "Ann"]]},
+        {"conversations": turns("<video>Which?", "B")},
+        {"messages": [user, {"role": "assistant", "content": "B"}]},
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "B"}], "videos": None},
+    ]
+    for number, row in enumerate(rows):
+        row = {"videos": ["a.mp4"], "level": 3, "options": ["dog", "cat"], **row}
+        found = conversation(row)
+        (*_, asked) = found.questions()
+        assert asked.meta["question"].endswith("Which?\nA. dog\nB. cat\nAnswer with the option's letter.")
+        assert (found.messages[-1]["content"], found.meta) == ("B", {"level": 3})
+        numbered = {key: value for key, value in row.items() if key != "options"} | {"option1": "dog", "option2": "cat"}
+        text = json.dumps(numbered).replace('"B"', '"2"')
+        assert conversation(json.loads(text)).messages[-1]["content"] == "B"
+        wrong = json.loads(json.dumps(row).replace('"B"', '"cow"'))
+        assert "neither the letter nor the text" in reason(wrong)
+        key = next((key for key in ("messages", "conversations") if key in row), None)
+        if several and key is not None:
+            assert "and 2 questions: which one they belong to is not known" in reason(row | {key: row[key] * 2}), number
+
+
+def test_options_that_a_question_of_several_names_stay_what_they_are() -> None:
+    row = {"conversations": turns("Which?\nA. dog\nB. cat", "B", "Why?", "Fur."), "options": ["dog", "cat"]}
+    assert conversation(row).meta == {"options": ["dog", "cat"]}
+
+
+def reason(row: dict[str, Any]) -> str:
+    found = Converter(Path("/d/m.jsonl"), Path("/d/media"), allow_missing=True).convert(Entry("line 7", row))
+    assert isinstance(found, Skipped)
+    return found.reason
+
+
+@pytest.mark.parametrize(
     ("value", "text"), [("dog", "dog"), (0, "0"), (1.0, "1.0"), (True, "true"), (False, "false"), (" x ", " x ")]
 )
 def test_answers_that_are_one_text(value: Any, text: str) -> None:
-    for row in ({"path": "a.mp4", "question": "?", "answer": value}, {"query": "?", "response": value}):
-        assert conversation(row).messages[1]["content"] == text
+    for row in answered(value):
+        assert [m["content"] for m in conversation(row).messages if m["role"] == "assistant"] == [text]
 
 
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("value", [None, "", " ", NAN, float("inf"), ["dog"], {"x": 1}, []])
+@pytest.mark.parametrize("value", [None, "", " ", "nan", "NaN", " [] ", NAN, float("inf"), ["dog"], {"x": 1}, []])
 def test_answers_that_are_none(value: Any) -> None:
-    for row in ({"path": "a.mp4", "question": "?", "answer": value}, {"query": "?", "response": value}):
+    for row in answered(value):
         found = Converter(Path("/d/m.jsonl"), Path("/d"), allow_missing=True).convert(Entry("line 7", row))
         assert isinstance(found, Skipped)
-        assert "the answer, column " in found.reason
+        assert "the answer, " in found.reason
 
 
 def test_null_and_nan_count_as_absent() -> None:
@@ -223,7 +306,18 @@ def test_messages_keep_all_but_their_paths() -> None:
         ),
         ({"path": "a", "question": "?", "options": ["x", "y"], "answer": 1}, "'1' is neither the letter nor the text"),
         ({"path": "a", "question": "?", "options": ["B", "A"], "answer": "A"}, "letter of one option and the text of"),
-        ({"path": "a", "question": "?", "options": ["x"]}, "1 options are no choice"),
+        ({"path": "a", "question": "?", "options": ["x"]}, "the number of options is 1; from 2 to 26"),
+        (
+            {"path": "a", "question": "?", "options": ["x", "y"], "answer": 0},
+            "whether it counts from 0 or from 1 is not known: write the letter or the text",
+        ),
+        ({"path": "a", "question": "?", "options": ["A. x", "y"]}, "some options have a letter, others have none"),
+        ({"path": "a", "question": "?", "options": ["J. S", "B. J"], "answer": "B"}, "the options have other letters"),
+        (
+            {"path": "a", "question": "?", "option1": "2", "option2": "1", "answer": 1},
+            "name of one option and the text",
+        ),
+        ({"path": "a", "question": "?", "options": {"label": "AB", "text": "xy"}}, "a list of labels"),
         ({"path": "a", "question": "?", "options": ["x", None]}, "option 2 is None"),
         (
             {"path": "a", "question": "?", "options": {"A": "x", "C": "y"}},
@@ -257,10 +351,13 @@ def test_paths_lead_from_the_manifest_to_the_file_through_links(tmp_path: Path) 
     assert part.path.is_file()
 
 
+TEXTS = st.text(st.characters(categories=["L", "Zs"]), min_size=1, max_size=12).filter(
+    lambda text: bool(text.strip()) and text.strip() not in ("nan", "NaN")
+)
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\n\r\0"), max_size=12)
 
 
-@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), st.dictionaries(WORDS, WORDS, max_size=3))
+@given(st.lists(st.tuples(WORDS, TEXTS), min_size=1, max_size=3), st.dictionaries(WORDS, WORDS, max_size=3))
 def test_every_text_and_key_survives(texts: list[tuple[str, str]], extra: dict[str, str]) -> None:
     taken = {"id", "conversations", "messages", "system", "video", "audio", "image", "videos", "audios", "images"}
     extra = {key: value for key, value in extra.items() if key not in taken}
@@ -284,10 +381,41 @@ def test_json_lines_and_lists(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(' [{"path": "a"}, 3]')
     found = entries(tmp_path / "a.json")
     assert [entry.where for entry in found] == ["entry 1", "entry 2"]
-    assert "this is a int" in str(found[1].error)
+    assert str(found[1].error).endswith("this is a number")
     (tmp_path / "b.json").write_text('[{"path": "a"},\n 3')
     with pytest.raises(FormatError, match=r"b\.json: no valid JSON .*line 2"):
         entries(tmp_path / "b.json")
+
+
+def test_rows_that_no_reader_takes_are_errors_of_their_own(tmp_path: Path) -> None:
+    rows = [f'{{"n": {"1" * 5000}}}', '{"n": [1]}', f'{{"n": {"[" * 700}{"]" * 700}}}', "1" * 5000]
+    (tmp_path / "a.json").write_text(f"[{', '.join(rows)}]")
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, '{"n": ' + "[" * 100_000]))
+    for name, where in (("a.json", "entry"), ("a.jsonl", "line")):
+        found = entries(tmp_path / name)
+        assert found[0].error == "it holds an integer of 5000 digits; quote it"
+        assert (found[1].where, found[1].error) == (f"{where} 2", None)
+        assert str(found[3].error).endswith("this is a number")
+    assert "no valid JSON" in str(found[4].error)
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(FormatError, match="no valid JSON"):
+        entries(tmp_path / "a.json")
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("key", ["question", "answer", "id", "path", "level"])
+@pytest.mark.parametrize("value", ["\ud83d", nested(5000)])
+def test_what_cannot_be_written_is_an_error_of_its_row(key: str, value: Any) -> None:
+    row = {"path": "a.mp4", "question": "?", "answer": "x", key: value}
+    found = Converter(Path("/d/m.jsonl"), Path("/d"), allow_missing=True).convert(Entry("line 7", row))
+    assert isinstance(found, Skipped)
+    assert "half a character" in found.reason if isinstance(value, str) else "nested too deeply" in found.reason
 
 
 def test_tables_with_line_breaks_in_cells(tmp_path: Path) -> None:
@@ -312,6 +440,23 @@ def test_tables_with_line_breaks_in_cells(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("path,path\n")
     with pytest.raises(FormatError, match="name each column once"):
         entries(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("stray", ['"q"r', '"q" he said', '"open'])
+def test_a_stray_quotation_mark_is_the_error_of_its_line(tmp_path: Path, stray: str) -> None:
+    rows = [f"a.mp4,{stray},x", 'b.mp4,"two', 'lines",y', f"c.mp4,{stray},x", "d.mp4,q,z", ""]
+    (tmp_path / "a.csv").write_text("\n".join(["path,question,answer", *rows]))
+    found = {entry.where: entry for entry in entries(tmp_path / "a.csv")}
+    assert "quotation mark" in str(found["line 2"].error)
+    assert "quotation mark" in str(found["line 5"].error)
+    assert found["line 3"].row["question"] == "two\nlines"
+    assert found["line 6"].row == {"path": "d.mp4", "question": "q", "answer": "z"}
+    assert len(found) == 4
+    (tmp_path / "a.tsv").write_text("path\tquestion\tanswer\n" + "\n".join(rows).replace(",", "\t"))
+    found = {entry.where: entry for entry in entries(tmp_path / "a.tsv")}
+    assert [entry.error for entry in found.values()] == [None] * 4
+    assert found["line 2"].row["question"] == found["line 5"].row["question"] == stray
+    assert found["line 3"].row["question"] == "two\nlines"
 
 
 def test_a_folder_gives_its_media_files_in_order(tmp_path: Path) -> None:
@@ -342,6 +487,20 @@ def test_hugging_face_folders_without_decoding(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     split.to_parquet(tmp_path / "files" / "train.parquet")
     assert [entry.row["id"] for entry in entries(tmp_path / "files")] == ["a", "b"]
+
+
+def test_dates_become_text_and_what_json_cannot_hold_is_left_out(tmp_path: Path) -> None:
+    import datasets
+
+    day = datetime.datetime(2024, 5, 6, 7, 8)
+    row = {"path": "a.mp4", "question": "?", "answer": day.date(), "at": [{"day": day}], "raw": b"x", "id": "a"}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "saved")
+    converter = Converter(tmp_path / "m.jsonl", tmp_path, allow_missing=True)
+    (line,) = map(converter.convert, entries(tmp_path / "saved"))
+    found = parse_line(str(line), tmp_path / "m.jsonl", 1)
+    assert found.messages[1]["content"] == "2024-05-06"
+    assert found.meta == {"at": [{"day": "2024-05-06T07:08:00"}]}
+    assert converter.dropped == {"raw"}
 
 
 def test_media_inside_a_data_set_are_written_beside_the_manifest(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tools import check_data
 
 from omnisieve.compressors import build_compressor
 from omnisieve.data.dataset import MediaLoader, OmniDataset
+from omnisieve.data.errors import DataError
 from omnisieve.data.manifest import Manifest
 from omnisieve.data.preprocess import Preprocessor
 from omnisieve.data.sizes import read_sizes
@@ -189,3 +190,31 @@ def test_what_no_sample_may_hold_is_named_and_the_check_goes_on(good: Path, reci
 def test_tokens_need_a_recipe(good: Path) -> None:
     with pytest.raises(SystemExit):
         check_data.main([str(good), "--max-tokens", "5"])
+
+
+@pytest.mark.parametrize("name", ["files.jsonl", "samples.jsonl", "sizes.jsonl", "summary.md"])
+@pytest.mark.parametrize("content", ['{"mine": 1}\n', "mine\n", "# Mine\n\nmine\n", "[" * 100_000, "\xe4"])
+def test_a_report_replaces_nothing_but_a_report(good: Path, name: str, content: str) -> None:
+    folder = good.parent / "report"
+    folder.mkdir()
+    (folder / name).write_text(content, "latin-1")
+    with pytest.raises(DataError, match=rf"{name} is there and is no report of this program; move it"):
+        check_data.main([str(good), "--workers", "0", "--report", str(folder)])
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text("latin-1") == content
+
+
+def test_a_report_that_was_cut_short_and_gone_on_with_is_read(good: Path) -> None:
+    assert check_data.main([str(good), "--workers", "0"]) == 0
+    path = good.parent / "m.jsonl.check" / "files.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    for text in (rows[0] + rows[1][:9] + rows[2], rows[0] + rows[1][:9], rows[0][:5], "", rows[0] + "[]\n"):
+        path.write_text(text)
+        assert check_data.main([str(good), "--workers", "0"]) == 0
+        assert path.read_text().splitlines(keepends=True) == rows
+
+
+@pytest.mark.parametrize("place", ["m.jsonl", "m.jsonl/in", "/proc/x", "a" * 300])
+def test_a_place_that_can_hold_no_report_is_one_message(good: Path, place: str) -> None:
+    with pytest.raises(DataError, match="no report can be written there"):
+        check_data.main([str(good), "--workers", "0", "--report", str(good.parent / place)])

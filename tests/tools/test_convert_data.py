@@ -92,6 +92,37 @@ def test_mistakes_on_the_command_line(table: Path, tmp_path: Path) -> None:
     assert convert_data.main([str(table), str(tmp_path / "m.jsonl")]) == 1
 
 
+def test_entries_without_an_answer_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ({"answerKey": "B"}, {"correct_answer": "A"}, {"Label": 1}, {"id": "x", "text": "y"}, {"answer": "z"})
+    rows = [{"path": "a.mp4", "question": "Who?", **key} for key in keys]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    arguments = [str(tmp_path / "in.json"), str(tmp_path / "m.jsonl"), "--allow-missing"]
+    assert convert_data.main(arguments) == 0
+    last = capsys.readouterr().err.splitlines()[-3:]
+    assert last[0].endswith("m.jsonl: 5 entries")
+    assert last[1] == "4 entries have no answer"
+    assert last[2].startswith("is one of these columns the answer: 'Label', 'answerKey', 'correct_answer'? Name it")
+    assert "--columns answer=NAME" in last[2]
+    (tmp_path / "in.json").write_text(json.dumps(rows[-2:]))
+    assert convert_data.main(arguments) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "1 entry has no answer"
+
+
+@pytest.mark.parametrize("name", ["/proc/x/m.jsonl", "a" * 300 + ".jsonl", "media/a.mp4/m.jsonl", "media"])
+def test_a_place_that_cannot_be_written_is_one_message(table: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be written|is no manifest") as caught:
+        convert_data.main([str(table), str(tmp_path / name), "--skip-bad"])
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_is_listed_as_an_escape(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": "\\ud83d", "path": "a.mp4", "question": "Who?"}\n')
+    assert convert_data.main([str(tmp_path / "in.jsonl"), str(tmp_path / "m.jsonl")]) == 1
+    (listed,) = (tmp_path / "m.jsonl.skipped.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(listed)["id"] == "\ud83d"
+    assert convert_data.main([str(tmp_path / "in.jsonl"), str(tmp_path / "m.jsonl")]) == 1
+
+
 @pytest.mark.parametrize("asked", ["<video><audio>Who?", "<video>\n<audio>Who?", "<audio><video>Who?"])
 def test_sound_beside_its_video_is_heard_once(asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     video, silent = written(tmp_path / "clip.mp4"), written(tmp_path / "silent.mp4", audio_seconds=0)
@@ -107,23 +138,33 @@ def test_sound_beside_its_video_is_heard_once(asked: str, tmp_path: Path, capsys
         {"messages": [user(f"{asked}<audio>")], "videos": [str(video)], "audios": [str(same), str(other)]},
         {"messages": [user([*parts, {"type": "text", "text": "Who?"}])]},
         {"video": str(video), "audio": str(same), "question": "Who?"},
+        {
+            "messages": [user("<video>Who?"), said("Ann"), user("<audio>Why?"), said("So.")],
+            "videos": [str(video)],
+            "audios": [str(same)],
+        },
+        {"messages": [user("<audio>One <audio>two <video>Who?")], "videos": [str(video)], "audios": [str(same)] * 2},
     ]
     (tmp_path / "in.json").write_text(json.dumps(rows))
     out = tmp_path / "m.jsonl"
     assert convert_data.main([str(tmp_path / "in.json"), str(out)]) == 0
     told = capsys.readouterr().err
     assert told.count("would be heard twice") == told.count("of another length") == 1
-    assert "4 entries have a video with sound and, beside it, a sound file of the same length" in told
+    assert "7 entries have a video with sound and, beside it, a sound file of the same length" in told
     assert "The video's own is kept, the file is left out; --sound both keeps both" in told
     sounds = [[part.path.name for part in line.media if part.kind == "audio"] for line in Manifest(out)]
-    assert sounds == [[], ["other.wav"], ["same.wav"], ["same.wav"], ["other.wav"], [], []]
+    assert sounds == [[], ["other.wav"], ["same.wav"], [], ["other.wav"], [], [], [], ["same.wav"]]
     assert convert_data.main([str(tmp_path / "in.json"), str(out), "--sound", "both"]) == 0
     assert "sound" not in capsys.readouterr().err.replace(str(tmp_path), "")
-    assert sum(part.kind == "audio" for line in Manifest(out) for part in line.media) == 8
+    assert sum(part.kind == "audio" for line in Manifest(out) for part in line.media) == 11
 
 
 def written(path: Path, **spec: Any) -> Path:
     return write_media(path, MediaSpec(**spec))
+
+
+def said(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
 
 
 def user(content: Any) -> dict[str, Any]:

@@ -5,8 +5,9 @@ Frameworks that read no sound from videos have it extracted and write `<video><a
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,24 @@ def doubled_sounds(conversation: Conversation, reader: MediaReader) -> tuple[set
     """Which sounds of a conversation its videos have, too.
 
     Returns:
-        numbers of sounds, counted over the conversation, that stand beside a video with a sound as long; and whether
-        there are others beside a video with sound.
+        numbers of sounds, counted over the conversation, that are as long as the sound of a video, one for each video;
+        and whether there are others beside a video with sound.
     """
+    sounds = [part.path for part in conversation.media if part.kind == "audio"]
+    videos = [part.path for part in conversation.media if part.kind == "video"] if sounds else []
+    lengths = [seconds for path in videos if (seconds := _seconds(reader, path, video=True)) is not None]
+    if not lengths:
+        return set(), False
     doubled: set[int] = set()
     others = False
-    for video, audio, number in _side_by_side(conversation):
-        own, file = _seconds(reader, video, video=True), _seconds(reader, audio, video=False)
-        if own is None or file is None:
+    for number, path in enumerate(sounds):
+        seconds = _seconds(reader, path, video=False)
+        if seconds is None:
             continue
-        if abs(own - file) <= _SECONDS:
+        same = min(lengths, key=lambda length: abs(length - seconds), default=math.inf)
+        if abs(same - seconds) <= _SECONDS:
             doubled.add(number)
+            lengths.remove(same)
         else:
             others = True
     return doubled, others
@@ -68,25 +76,6 @@ def without_sounds(row: Mapping[str, Any], dropped: Collection[int]) -> dict[str
     messages = [{**message, "content": content(message)} for message in row["messages"]]
     rest = {key: value for key, value in row.items() if key != "audios"}
     return {**rest, "messages": messages, **({"audios": kept_files} if kept_files else {})}
-
-
-def _side_by_side(conversation: Conversation) -> Iterator[tuple[Path, Path, int]]:
-    """Videos, sounds and numbers of the sounds, in pairs: the first video and the first sound of a run of media, ..."""
-    media = iter(conversation.media)
-    sounds = 0
-    for message in conversation.messages:
-        run: dict[str, list[tuple[Path, int]]] = {"video": [], "audio": []}
-        for part in (*_parts(message["content"]), {"type": "text", "text": "."}):
-            if part["type"] == "text" and part["text"].strip():
-                yield from ((v, a, number) for (v, _), (a, number) in zip(run["video"], run["audio"], strict=False))
-                run = {"video": [], "audio": []}
-            elif part["type"] != "text":
-                run.setdefault(part["type"], []).append((next(media).path, sounds))
-                sounds += part["type"] == "audio"
-
-
-def _parts(content: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    return () if isinstance(content, str) else content
 
 
 def _seconds(reader: MediaReader, path: Path, *, video: bool) -> float | None:

@@ -4,13 +4,14 @@ What an entry may be, by its keys:
 
 | keys | form |
 |---|---|
-| `messages` | messages form already; only its paths change |
+| `messages` | messages form already; its paths change, and numbers as answers become texts |
 | `conversations` | ShareGPT, LLaVA, LLaVA-Video: turns of `from` and `value`, or of `role` and `content` |
 | `query`, `instruction` | ms-swift, Alpaca: perhaps with `response` or `output`, and `history`, pairs of texts |
 | otherwise | a path, a question and perhaps an answer and options, in columns |
 
-All but the last have files in `video(s)`, `audio(s)`, `image(s)`, and perhaps `system`. All other keys are kept, `id`
-among them. A key that is null (or NaN) counts as absent; an answer that is there but null is no answer.
+All but the last have files in `video(s)`, `audio(s)`, `image(s)`, and perhaps `system`. Each may have options of its
+one question, which are asked with it. All other keys are kept, `id` among them. A key that is null (or NaN) counts as
+absent; an answer that is there but null is no answer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from omnisieve.data.choices import ask, options_of
+from omnisieve.data.choices import Options, ask, is_asked, options_of
 from omnisieve.data.doubled_sound import doubled_sounds, without_sounds
 from omnisieve.data.manifest import KINDS, Conversation, ManifestError, no_path, parse_line
 from omnisieve.data.media import MediaReader
@@ -36,6 +37,12 @@ _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _PAIRS = (("query", "response"), ("instruction", "output"))
+_NO_ANSWERS = ("nan", "NaN", "[]")  # as tables are written by programs
+_FORM_KEYS = {"messages", "conversations", *(question for question, _ in _PAIRS)}
+_LIKE_ANSWER = re.compile(
+    r"(correct|right|gold)?answers?(key|idx|index|id|letter|text)?|correct(option|choice|idx)?|groundtruth|gt|labels?|"
+    r"gold|output|response|solution|target"
+)
 _TURN_KEYS = (("from", "value"), ("role", "content"))
 _PATH_COLUMNS = ("path", *(name for kind in KINDS for name in (kind, f"{kind}_path", f"{kind}s")), "file_name")
 # LLaVA's line breaks between a placeholder and the text separate the two and are part of neither.
@@ -73,6 +80,9 @@ class Converter:
     Attributes:
         doubled: entries whose videos' sound was there as a file, too, which was left out.
         beside: entries that have other sound files beside a video with sound; all are heard.
+        unlabelled: entries without an answer.
+        like_answers: names of columns of these that look as if they held the answer.
+        dropped: names of columns left out, which hold what JSON cannot.
     """
 
     def __init__(
@@ -94,7 +104,9 @@ class Converter:
             allow_missing: take media files that are not there.
             sound: "video": a sound file that says what its video says again is left out; "both": all are kept.
         """
-        self.doubled = self.beside = 0
+        self.doubled = self.beside = self.unlabelled = 0
+        self.like_answers: set[str] = set()
+        self.dropped: set[str] = set()
         self._out = out
         self._folder = out.parent.resolve()
         self._root = media_root
@@ -105,12 +117,12 @@ class Converter:
 
     def convert(self, entry: Entry) -> str | Skipped:
         """One line of the manifest, without its end; or why there is none."""
-        own = entry.row.get("id")
-        identity = None if is_absent(own) or own == "" else str(own)
+        identity = _identity(entry.row.get("id"))
         try:
             if entry.error is not None:
                 raise FormatError(entry.error)
             row = self._with_places(to_messages(entry.row, self._columns, self._question, self._root))
+            row = self._in_json(row)
             if identity is None:
                 row.pop("id", None)
                 row = {"id": entry.where.removeprefix("file "), **row}
@@ -120,11 +132,31 @@ class Converter:
             return Skipped(entry.where, identity, str(error).removeprefix(f"{self._out}, line 0, "))
         except (FormatError, TypeError) as error:
             return Skipped(entry.where, identity, str(error))
+        except RecursionError:
+            return Skipped(entry.where, identity, "nested too deeply")
         paths = [] if self._allow_missing else [part.path for part in conversation.media]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             return Skipped(entry.where, identity, f"{os.path.normpath(missing[0])}: there is no such file")
+        self._note_answer(entry.row, conversation)
         return _line(row if self._reader is None else self._heard_once(row, conversation, self._reader))
+
+    def _in_json(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row without the columns that JSON cannot hold."""
+        try:
+            json.dumps(row)
+        except TypeError:
+            unfit = {key for key, value in row.items() if key != "messages" and not _is_json(value)}
+            self.dropped |= unfit
+            return {key: value for key, value in row.items() if key not in unfit}
+        return row
+
+    def _note_answer(self, row: Mapping[str, Any], conversation: Conversation) -> None:
+        if any(message["role"] == "assistant" for message in conversation.messages):
+            return
+        self.unlabelled += 1
+        if not row.keys() & _FORM_KEYS:
+            self.like_answers |= {key for key in row if _LIKE_ANSWER.fullmatch(re.sub("[_ ]", "", key).lower())}
 
     def _heard_once(self, row: dict[str, Any], conversation: Conversation, reader: MediaReader) -> dict[str, Any]:
         doubled, others = doubled_sounds(conversation, reader)
@@ -179,6 +211,21 @@ class Converter:
         return f"{folder}/{path.name}"
 
 
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _identity(own: Any) -> str | None:
+    try:
+        return None if is_absent(own) or own == "" else str(own)
+    except RecursionError:  # said when the row is written
+        return None
+
+
 def is_absent(value: Any) -> bool:
     """Whether a value stands for none: null, or not a number, as tables write it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -192,7 +239,18 @@ def without_absent(value: Any) -> Any:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False)
+    """A row as JSON.
+
+    Raises:
+        FormatError: its text cannot be written as UTF-8.
+    """
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        half = json.dumps(line[error.start])
+        raise FormatError(f"half a character (the lone surrogate {half}); write it whole") from error
+    return line
 
 
 def to_messages(
@@ -205,13 +263,76 @@ def to_messages(
     """
     present = without_absent(row)
     if "messages" in present:
-        return present
+        return _with_options({**present, "messages": _with_answers(present["messages"])}, columns)
     if "conversations" in present:
-        return _from_sharegpt(present)
+        return _with_options(_from_sharegpt(present), columns)
     for question_key, answer_key in _PAIRS:
         if question_key in present and columns.question not in present:
-            return _from_pairs(row, question_key, answer_key)
+            return _from_pairs(row, question_key, answer_key, columns)
     return _from_table(row, columns, question, root)
+
+
+def _with_answers(messages: Any) -> Any:
+    """Messages whose answers are texts; of other mistakes the manifest's rules speak."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {**message, "content": _turn_answer(message.get("content"), f"messages[{index}].content")}
+        if isinstance(message, Mapping) and message.get("role") == "assistant"
+        else message
+        for index, message in enumerate(messages)
+    ]
+
+
+def _turn_answer(content: Any, where: str) -> Any:
+    """An answer as text, or in parts as it is."""
+    return content if isinstance(content, list) and _text_of(content).strip() else _answer(content, where)
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content, which may be wrong in any way."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+
+
+def _with_options(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """A row in messages form with its options asked.
+
+    Raises:
+        FormatError: it is not clear in which question.
+    """
+    options, used = options_of(row, columns.options)
+    messages = row["messages"]
+    if options is None or not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        return row
+    asked = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+    if len(asked) != 1:
+        if any(is_asked(_text_of(messages[index].get("content")), options) for index in asked):
+            return row
+        raise FormatError(
+            f"there are options, column {', '.join(sorted(used))}, and {len(asked)} questions: which one they belong "
+            "to is not known; write them into it, and give the column another name"
+        )
+    rest = {key: value for key, value in row.items() if key not in used}
+    return {**rest, "messages": _choice(messages, asked[0], options)}
+
+
+def _choice(messages: list[Any], index: int, options: Options) -> list[Any]:
+    """Messages with options behind the question at `index`, and their answer behind it checked."""
+    messages = list(messages)
+    question = messages[index].get("content")
+    replies = index + 1 < len(messages) and messages[index + 1].get("role") == "assistant"
+    answer = _text_of(messages[index + 1]["content"]) if replies else None
+    before = _text_of(question)
+    text, checked = ask(before, options, answer)
+    added = text.removeprefix(before)
+    if added:
+        content = [*question, {"type": "text", "text": added}] if isinstance(question, list) else text
+        messages[index] = {**messages[index], "content": content}
+    if checked != answer:
+        messages[index + 1] = {**messages[index + 1], "content": checked}
+    return messages
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,13 +352,17 @@ def _turn(turn: Any, index: int) -> dict[str, Any]:
     if role is None:
         raise FormatError(f"{where}.{keys[0]} is {turn[keys[0]]!r}; one of {', '.join(_ROLES)} is needed")
     content = turn.get(keys[1])
+    if role == "assistant" and keys[1] == "content":
+        content = _turn_answer(content, f"{where}.content")
+    elif role == "assistant":
+        content = _answer(content, f"{where}.{keys[1]}")
     # What is in parts is messages form already.
     if not isinstance(content, str) and not (keys[1] == "content" and isinstance(content, list)):
         raise FormatError(f"{where}.{keys[1]}: a string is needed")
     return {**{k: v for k, v in turn.items() if k not in keys}, "role": role, "content": content}
 
 
-def _from_pairs(row: Mapping[str, Any], question_key: str, answer_key: str) -> dict[str, Any]:
+def _from_pairs(row: Mapping[str, Any], question_key: str, answer_key: str, columns: Columns) -> dict[str, Any]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise FormatError("'history' is no list of pairs, a question and its answer each")
@@ -249,9 +374,12 @@ def _from_pairs(row: Mapping[str, Any], question_key: str, answer_key: str) -> d
         if not isinstance(asked, str):
             raise FormatError(f"a question is {asked!r}; a string is needed")
         messages.append({"role": "user", "content": asked})
-        messages += [{"role": "assistant", "content": _answer(text, answer_key)} for text in answer]
-    taken = (question_key, answer_key, "history", "input")
-    return _with_files({key: value for key, value in without_absent(row).items() if key not in taken}, messages)
+        messages += [{"role": "assistant", "content": _answer(text, f"column {answer_key!r}")} for text in answer]
+    rest = without_absent({key: value for key, value in row.items() if key not in (question_key, answer_key, "input")})
+    options, used = options_of(rest, columns.options)
+    if options is not None:
+        messages = _choice(messages, 2 * len(history), options)
+    return _with_files({key: value for key, value in rest.items() if key not in {"history", *used}}, messages)
 
 
 def _with_files(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -272,19 +400,21 @@ def _with_files(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[
     return {**rest, "messages": messages, **{name: values for name, values in files.items() if values}}
 
 
-def _answer(value: Any, column: str) -> str:
+def _answer(value: Any, where: str) -> str:
     """An answer as text; numbers and truth values as JSON writes them.
 
     Raises:
         FormatError: it is not one text.
     """
+    if isinstance(value, str) and value.strip() in _NO_ANSWERS:
+        raise FormatError(f"the answer, {where}, is {value!r}, which stands for none")
     if isinstance(value, str) and value.strip():
         return value
-    if is_absent(value) or value == "" or isinstance(value, str):
-        what = "empty" if value is None or isinstance(value, str) else "not a number (NaN)"
-        raise FormatError(f"the answer, column {column!r}, is {what}")
+    if is_absent(value) or isinstance(value, str):
+        what = "not a number (NaN)" if isinstance(value, float) else "empty"
+        raise FormatError(f"the answer, {where}, is {what}")
     if not isinstance(value, bool | int | float) or value in (math.inf, -math.inf):
-        raise FormatError(f"the answer, column {column!r}, is {value!r}; one text is needed")
+        raise FormatError(f"the answer, {where}, is {value!r}; one text is needed")
     return json.dumps(value)
 
 
@@ -305,8 +435,8 @@ def _from_table(row: Mapping[str, Any], columns: Columns, question: str | None, 
             f"no question in column {columns.question!r}; name another with --columns question=NAME, or add --question"
         )
     options, used = options_of(present, columns.options)
-    answer = _answer(row[columns.answer], columns.answer) if columns.answer in row else None
-    text = ask(asked, options, answer) if options else asked
+    answer = _answer(row[columns.answer], f"column {columns.answer!r}") if columns.answer in row else None
+    text, answer = (asked, answer) if options is None else ask(asked, options, answer)
     parts = [{"type": kind, kind: file} for _, kind, file in media]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
     if answer is not None:

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,20 @@ _KIND_OF = {f".{suffix}": kind for kind, suffixes in _SUFFIXES.items() for suffi
 
 
 _DELIMITERS = (",", ";", "\t")
+
+
+class _LongInteger(str):
+    """Digits of an integer that is too long to be one; JSON has no limit."""
+
+    __slots__ = ()
+
+
+_JSON_NAMES: dict[type, str] = {
+    list: "a list", str: "a text", _LongInteger: "a number", int: "a number", float: "a number",
+    bool: "true or false", type(None): "null",
+}  # fmt: skip
+_MOST_DIGITS = 640
+"""Of an integer: Python reads as many whatever its settings are."""
 _LONGEST_FIELD = 2**31 - 1
 """In a table; the csv module stops at 131,072 characters by itself, and may not know larger numbers than this."""
 
@@ -58,10 +75,10 @@ def source_of(path: str) -> str:
         FormatError: nothing is there, or its suffix says nothing.
     """
     place = Path(path)
-    if place.is_dir():
+    if os.path.isdir(path):
         saved = any((place / name).is_file() for name in _SAVED)
         return "hf" if saved or any(place.rglob("*.parquet")) else "folder"
-    if not place.is_file():
+    if not os.path.isfile(path):
         raise FormatError(f"{path}: there is no such file or folder; for a name on the hub, add --format hf")
     source = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}.get(place.suffix.lower())
     if source is None:
@@ -106,8 +123,8 @@ def _read_json(path: Path) -> Iterator[Entry]:
         start = file.read(4096).lstrip()[:1]
     if start == "[":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except json.JSONDecodeError as error:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_integer)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise FormatError(f"{path}: no valid JSON ({error}); correct the file there") from error
         yield from (_entry(f"entry {number}", row) for number, row in enumerate(rows, 1))
     else:
@@ -120,15 +137,31 @@ def _read_lines(path: Path) -> Iterator[Entry]:
             if not line.strip():
                 continue
             try:
-                yield _entry(f"line {number}", json.loads(line))
-            except json.JSONDecodeError as error:
+                yield _entry(f"line {number}", json.loads(line, parse_int=_integer))
+            except (ValueError, RecursionError) as error:
                 yield Entry(f"line {number}", {}, f"no valid JSON ({error})")
 
 
+def _integer(digits: str) -> int | _LongInteger:
+    return int(digits) if len(digits) <= _MOST_DIGITS else _LongInteger(digits)
+
+
 def _entry(where: str, row: Any) -> Entry:
-    if isinstance(row, dict):
-        return Entry(where, row)
-    return Entry(where, {}, f"a JSON object is needed, this is a {type(row).__name__}")
+    if not isinstance(row, dict):
+        return Entry(where, {}, f"a JSON object is needed, this is {_JSON_NAMES[type(row)]}")
+    try:
+        number = _long_integer(row)
+    except RecursionError:
+        return Entry(where, {}, "nested too deeply")
+    return Entry(where, row, None if number is None else f"it holds an integer of {len(number)} digits; quote it")
+
+
+def _long_integer(value: Any) -> _LongInteger | None:
+    """The first such integer in a JSON value."""
+    if isinstance(value, _LongInteger):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for item in items if (found := _long_integer(item)) is not None), None)
 
 
 def _read_csv(path: Path) -> Iterator[Entry]:
@@ -140,14 +173,47 @@ def _read_csv(path: Path) -> Iterator[Entry]:
         header = next(reader, [])
         if not header or len(set(header)) < len(header):
             raise FormatError(f"{path}: the first line must name each column once, it has {header}")
-        # A record may go over several lines; it is named by its first.
-        first = reader.line_num + 1
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                yield Entry(f"line {first}", {}, f"{len(cells)} cells, but the header has {len(header)} columns")
-            elif cells:
-                yield Entry(f"line {first}", dict(zip(header, cells, strict=True)))
-            first = reader.line_num + 1
+        yield from _read_records(file, reader.line_num + 1, header, delimiter)
+
+
+def _read_records(lines: Iterator[str], first: int, header: list[str], delimiter: str) -> Iterator[Entry]:
+    """Rows of a table; a record may go over several lines, and is named by its first.
+
+    A stray quotation mark swallows what is behind it: then the line is an error, and reading goes on with the next one.
+    Where tabs separate columns, most programs write none that means anything.
+    """
+    again: deque[str] = deque()
+    while True:
+        taken: list[str] = []
+        try:
+            cells = next(csv.reader(_noted(again, lines, taken), delimiter=delimiter, strict=True), None)
+            problem = None
+        except csv.Error as error:
+            cells, problem = [], f"a quotation mark is not in its place ({error}); write two of them inside a cell"
+        if cells is None:
+            return
+        wrong = problem is not None or len(cells) not in (0, len(header))
+        if wrong and delimiter == "\t":
+            plain = next(csv.reader(taken[:1], delimiter=delimiter, quoting=csv.QUOTE_NONE))
+            if len(plain) == len(header):
+                cells, problem = plain, None
+        if wrong and (problem is not None or delimiter == "\t"):
+            again.extendleft(reversed(taken[1:]))
+            del taken[1:]
+        if problem is None and len(cells) not in (0, len(header)):
+            problem = f"{len(cells)} cells, but the header has {len(header)} columns"
+        if problem is not None:
+            yield Entry(f"line {first}", {}, problem)
+        elif cells:
+            yield Entry(f"line {first}", dict(zip(header, cells, strict=True)))
+        first += len(taken)
+
+
+def _noted(again: deque[str], lines: Iterator[str], taken: list[str]) -> Iterator[str]:
+    """Lines that are to be read again, and then the others; those that were read are noted."""
+    while (line := again.popleft() if again else next(lines, None)) is not None:
+        taken.append(line)
+        yield line
 
 
 def _delimiter(header: str, usual: str) -> str:
@@ -191,4 +257,13 @@ def _read_rows(data: Any) -> Iterator[Entry]:
     for table in data.with_format("arrow").iter(100):
         for row in table.to_pylist():
             number += 1
-            yield Entry(f"row {number}", row)
+            yield Entry(f"row {number}", _with_dates(row))
+
+
+def _with_dates(value: Any) -> Any:
+    """Dates and times as ISO text."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {key: _with_dates(item) for key, item in value.items()}
+    return [_with_dates(item) for item in value] if isinstance(value, list) else value
