@@ -284,7 +284,8 @@ def is_report(path: Path) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     # A run that was killed may leave an empty file, or less than one line.
-    return is_row(first, KEYS[path.name]) if first.endswith("\n") else first[:9] == '{"path": '[: len(first)]
+    cut_short = not first.endswith(("\n", "}")) and first[:9] == '{"path": '[: len(first)]
+    return cut_short or is_row(first, KEYS[path.name])
 
 
 def is_row(line: str, keys: Collection[str]) -> bool:

@@ -193,7 +193,9 @@ def test_tokens_need_a_recipe(good: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["files.jsonl", "samples.jsonl", "sizes.jsonl", "summary.md"])
-@pytest.mark.parametrize("content", ['{"mine": 1}\n', "mine\n", "# Mine\n\nmine\n", "[" * 100_000, "\xe4"])
+@pytest.mark.parametrize(
+    "content", ['{"mine": 1}\n', '{"path": "mine"}', "mine\n", "# Mine\n\nmine\n", "[" * 100_000, "\xe4"]
+)
 def test_a_report_replaces_nothing_but_a_report(good: Path, name: str, content: str) -> None:
     folder = good.parent / "report"
     folder.mkdir()

@@ -123,7 +123,7 @@ class Converter:
                 raise FormatError(entry.error)
             row = self._with_places(to_messages(entry.row, self._columns, self._question, self._root))
             row = self._in_json(row)
-            if identity is None:
+            if identity is None or "id" not in row:
                 row.pop("id", None)
                 row = {"id": entry.where.removeprefix("file "), **row}
             # What is written can be read: the manifest's own rules decide.
