@@ -137,7 +137,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--sound",
         choices=("video", "both"),
         default="video",
-        help="of a video and a file of the same sound beside it: the video's alone, or both, one after the other",
+        help="where a sound file is as long (within 1 s) as the video's own sound: the video's alone, or both",
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used")
     parser.add_argument("--allow-missing", action="store_true", help="take entries whose media files are not there")

@@ -154,7 +154,7 @@ def test_an_animated_image_is_refused_with_the_cure(tmp_path: Path, suffix: str)
     error = refusal(tmp_path / f"a.{suffix}")
     assert error.kind == "animated"
     assert "3 frames" in error.reason
-    assert "give that as a video" in error.cure
+    assert "as a video" in error.cure
     first.save(tmp_path / f"a.{suffix}", save_all=True)
     assert np.abs(read_image(tmp_path / f"a.{suffix}").astype(int) - 10).max() <= 3
 

@@ -22,8 +22,8 @@ _PHOTOS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 def kind_of(file: str | Path | bytes) -> str | None:
     """ "video", "audio" or "image", by what a file's header says; None if it is none of them, or is not there.
 
-    A video has moving pictures, with or without sound; a cover picture does not make one of a sound. An animated image
-    that can be read as a video is one.
+    A video has moving pictures, with or without sound; a cover picture does not make one of a sound. An animated GIF
+    or PNG is one; other animated images are images, which reading refuses.
 
     Args:
         file: its path or its content.

@@ -84,7 +84,7 @@ _CURES = {
     "timeout": "raise decode_seconds, lower fps or max_frames, or re-encode the file",
     "crashed": "re-encode it (ffmpeg -i IN OUT.mp4) or take it out of the manifest",
     "memory": "lower fps or max_frames, or scale the video down",
-    "animated": "make a video of it (ffmpeg -i IN OUT.mp4) and give that as a video, or save the picture that is meant",
+    "animated": "give a GIF or APNG as a video, save others as mp4, or save the picture that is meant",
     "unusable": "scale, crop or convert it to what the model's processor takes, or take it out of the manifest",
 }
 
