@@ -58,7 +58,7 @@ def job(ranks: Ranks, folder: Path) -> dict[str, Any]:
     middle = folder / "whole" / "checkpoints" / "checkpoint-3"
     found["resumed"] = run(ranks, folder / "resumed", max_steps=6, resume=str(middle), **random)
     if ranks.is_first:
-        (folder / "parts" / "best" / "of a run cut short").mkdir(parents=True)
+        (folder / "parts" / ".best.cut.partial" / "best").mkdir(parents=True)
     found["stopped"] = run(ranks, folder / "parts", max_steps=6, stop_at=2, **random)
     found["continued"] = run(ranks, folder / "parts", max_steps=6, **random)
     for stage in (1, 3):
