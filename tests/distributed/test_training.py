@@ -184,7 +184,7 @@ def test_a_run_leaves_what_its_docs_promise(results):
 
 def test_the_best_of_a_run_cut_short_does_not_stay(results):
     for size in (1, 2):
-        assert not (results[size][0] / "parts" / "best" / "of a run cut short").exists()
+        assert not (results[size][0] / "parts" / ".best.cut.partial").exists()
 
 
 def test_checkpoints_hold_no_frozen_parameter(results):
