@@ -81,8 +81,7 @@ def save_compressor(
         ArtifactError: something else stands at `directory`, or what was read back differs.
     """
     target = Path(directory)
-    if target.exists() and not _is_replaceable(target):
-        raise ArtifactError(f"{target} exists and is no exported compressor; choose another folder")
+    check_place(target)
     provenance = dict(compressor.provenance if card is None else card)
     if license is not None:
         provenance["license"] = license
@@ -288,6 +287,14 @@ def _compare(written: Compressor, read: Compressor, folder: Path) -> None:
         raise ArtifactError(f"{folder}: what was written reads back differently: {differing or 'settings'}")
 
 
-def _is_replaceable(target: Path) -> bool:
-    """An export, or nothing that can be seen: `.git` of a new repository, for example."""
-    return target.is_dir() and (is_artifact(target) or all(path.name.startswith(".") for path in target.iterdir()))
+def check_place(target: Path) -> None:
+    """Refuse to export to a place that holds anything but an older export.
+
+    Raises:
+        ArtifactError: it does.
+    """
+    # What cannot be seen may stay: `.git` of a new repository, for example.
+    if target.exists() and not (
+        target.is_dir() and (is_artifact(target) or all(path.name.startswith(".") for path in target.iterdir()))
+    ):
+        raise ArtifactError(f"{target} exists and is no exported compressor; move it, or choose another folder")

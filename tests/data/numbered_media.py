@@ -99,6 +99,7 @@ CASES = (
     Case("hevc_open.mkv", "libx265", HEVC_OPEN),
     Case("mpeg2.mkv", "mpeg2video", OLD, rate=25),
     Case("mpeg4.mkv", "mpeg4", OLD),
+    Case("slow.mkv", options=CLOSED, rate=1, seconds=20),
     Case("uneven.mkv", options=CLOSED, times=UNEVEN),
     Case("vp8.webm", "libvpx", VP8, sound="libopus"),
     Case("vp9.webm", "libvpx-vp9", VP9),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import av
@@ -33,15 +34,23 @@ def reader() -> Iterator[MediaReader]:
     found.close()
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The file of a case, written once; not to be changed."""
+    return cache(lambda name: write(tmp_path_factory.mktemp("numbered"), BY_NAME[name]))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_frame_is_the_one_that_a_player_shows(tmp_path: Path, reader: MediaReader, case: Case) -> None:
-    path = write(tmp_path, case)
+def test_each_frame_is_the_one_that_a_player_shows(
+    file: Callable[[str], Path], reader: MediaReader, case: Case
+) -> None:
+    path = file(case.name)
     if case.name in REFUSED:
         with pytest.raises(MediaError, match="cut away"):
             reader.read(path)
         return
     frames = shown(path)
-    for fps, cap in ((2.0, None), (case.rate, None), (7.0, 5)):
+    for fps, cap in ((case.rate, None), (2.0, 7)):
         video = reader.read(path, fps=fps, max_frames=cap).video
         assert video is not None
         wanted = [at(frames, k * video.seconds_per_frame) for k in range(len(video.frames))]
@@ -49,8 +58,10 @@ def test_each_frame_is_the_one_that_a_player_shows(tmp_path: Path, reader: Media
 
 
 @pytest.mark.parametrize("name", ["closed.mp4", "hevc_open.mp4", "closed.avi", "cut.mp4", "late.mkv", "mpeg2.mpg"])
-def test_evenly_spread_frames_count_those_that_are_shown(tmp_path: Path, reader: MediaReader, name: str) -> None:
-    path = write(tmp_path, BY_NAME[name])
+def test_evenly_spread_frames_count_those_that_are_shown(
+    file: Callable[[str], Path], reader: MediaReader, name: str
+) -> None:
+    path = file(name)
     numbers = [number for _, number in shown(path)]
     video = reader.read(path, fps=2.0, placement="even", min_frames=2).video
     assert video is not None
@@ -59,8 +70,10 @@ def test_evenly_spread_frames_count_those_that_are_shown(tmp_path: Path, reader:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.sound], ids=lambda case: case.name)
-def test_each_second_has_its_tone_of_the_default_track(tmp_path: Path, reader: MediaReader, case: Case) -> None:
-    wave = reader.read(write(tmp_path, case), video=False).audio
+def test_each_second_has_its_tone_of_the_default_track(
+    file: Callable[[str], Path], reader: MediaReader, case: Case
+) -> None:
+    wave = reader.read(file(case.name), video=False).audio
     assert wave is not None
     factor = case.tracks[case.default]
     found = pitches_of(wave)
@@ -68,8 +81,8 @@ def test_each_second_has_its_tone_of_the_default_track(tmp_path: Path, reader: M
     assert found == pytest.approx([pitch(int(case.cut + k + 0.5)) * factor for k in range(len(found))], abs=4)
 
 
-def test_a_sound_track_can_be_named(tmp_path: Path, reader: MediaReader) -> None:
-    path = write(tmp_path, BY_NAME["third_track.mkv"])
+def test_a_sound_track_can_be_named(file: Callable[[str], Path], reader: MediaReader) -> None:
+    path = file("third_track.mkv")
     for track in (0, 1, 2):
         wave = reader.read(path, video=False, audio_track=track).audio
         assert wave is not None
@@ -77,12 +90,12 @@ def test_a_sound_track_can_be_named(tmp_path: Path, reader: MediaReader) -> None
     with pytest.raises(MediaError, match=r"sound track 3 is asked for, there are 3, counted from 0"):
         reader.read(path, audio_track=3)
     with pytest.raises(MediaError, match=r"sound track 0 is asked for, there is none"):
-        reader.read(write(tmp_path, BY_NAME["open.mp4"]), audio_track=0)
+        reader.read(file("open.mp4"), audio_track=0)
 
 
-def test_a_part_of_a_manifest_names_the_track_that_is_heard(tmp_path: Path) -> None:
+def test_a_part_of_a_manifest_names_the_track_that_is_heard(file: Callable[[str], Path]) -> None:
     loader = MediaLoader(Preprocessor(stock_processor(), rules()))
-    path = write(tmp_path, BY_NAME["third_track.mkv"])
+    path = file("third_track.mkv")
     mels = [loader.load_part(MediaPart("video", path, audio_track=track)).mel for track in (None, 2, 0)]
     assert torch.equal(mels[0], mels[1])
     assert not torch.equal(mels[0], mels[2])
@@ -199,8 +212,10 @@ def test_relative_paths_follow_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     reader.read("inner/closed.mp4")
     monkeypatch.chdir(tmp_path / "inner")
-    reader.read("closed.mp4")
+    video = reader.read("closed.mp4").video
     reader.close()
+    assert video is not None
+    assert [number_of(frame) for frame in video.frames] == list(range(0, 80, 10))
 
 
 PLAYLISTS = {

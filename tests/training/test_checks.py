@@ -41,6 +41,19 @@ def test_a_run_that_could_start_passes_and_has_its_folder(config: TrainConfig) -
 
 
 @pytest.mark.parametrize(
+    ("name", "told"),
+    [("best", "best exists and is no exported compressor; move it"), ("last", "run holds last of another run")],
+)
+def test_what_lies_where_a_run_exports_to_is_named_before_it_trains(config: TrainConfig, name: str, told: str) -> None:
+    notes = Path(config.output_dir) / name / "notes.md"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(USER_ERRORS, match=told):
+        check_run(config)
+    assert notes.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
     ("key", "value", "told"),
     [
         ("model.path", "/nowhere", "/nowhere is no folder that exists"),

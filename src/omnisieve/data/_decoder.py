@@ -44,8 +44,8 @@ _FILLED = 0.1
 """Seconds that the last block of an encoder may reach beyond the end of the sound."""
 _REORDERED = 16
 """Frames that a decoder may hold back, by the standards of H.264 and HEVC."""
-_REORDERED_SECONDS = 1.0
-"""More than such frames can be out of order in a file."""
+_CLOCK_SLIP = 1.0
+"""Seconds that the clock of a file may go back, as sloppy muxers let it."""
 _LOST_START = 0.2
 """Seconds at the beginning that need not decode: pictures in front of the first key frame, which players skip."""
 
@@ -90,8 +90,9 @@ class Scan:
                     continue
                 if packet.stream_index == video:
                     place += 1
-                    now = float((stamp if packet.dts is None else packet.dts) * packet.time_base) - self.start
-                    if now < before - _REORDERED_SECONDS and self.goes_back is None:
+                    # Decoding times rise even where presentation times do not.
+                    now = before if packet.dts is None else float(packet.dts * packet.time_base) - self.start
+                    if now < before - _CLOCK_SLIP and self.goes_back is None:
                         self.goes_back = before
                     before = max(before, now)
                     stated &= packet.pts is not None
@@ -259,13 +260,13 @@ def _streams(path: str, track: int | None) -> tuple[int | None, int | None, list
             there = f"there are {len(audios)}, counted from 0" if audios else "there is none"
             raise Failure("no_stream", "audio", f"sound track {track} is asked for, {there}")
         video, audio = _default(videos), _default(audios) if track is None else audios[track]
-        notes = [_choice("picture", videos, video)] if len(videos) > 1 else []
+        notes = [_note("picture", videos, video)] if len(videos) > 1 else []
         if len(audios) > 1 and track is None:
-            notes.append(_choice("sound", audios, audio))
+            notes.append(_note("sound", audios, audio))
         return _index(video), _index(audio), notes
 
 
-def _choice(name: str, streams: Sequence[Any], chosen: Any) -> str:
+def _note(name: str, streams: Sequence[Any], chosen: Any) -> str:
     return f"has {len(streams)} {name} tracks; number {streams.index(chosen)}, counted from 0, is read"
 
 
@@ -448,10 +449,14 @@ def _sorted(frames: Iterable[tuple[float, av.VideoFrame]], start: float) -> Iter
 
 
 def _single_threaded(container: av.container.InputContainer, index: int) -> Any:
-    stream = _stream(container, index)
-    if stream.codec_context is None:
-        raise Failure("corrupt", "video", "FFmpeg does not know its codec")
+    stream = _known(_stream(container, index), "video")
     stream.thread_count = 1
+    return stream
+
+
+def _known(stream: Any, kind: str) -> Any:
+    if stream.codec_context is None:
+        raise Failure("corrupt", kind, "its codec is not known")
     return stream
 
 
@@ -479,7 +484,7 @@ def _audio(path: str, index: int, scan: Scan, max_seconds: float | None) -> tupl
     pieces: list[np.ndarray] = []
     written = packets = errors = 0
     with open_media(path) as container:
-        stream = _stream(container, index)
+        stream = _known(_stream(container, index), "audio")
         rate, length = stream.rate, (container.duration or 0) / av.time_base
         # Only to float32: what FFmpeg makes of several channels is louder than their mean. Not planar, because PyAV
         # reads beyond the planes of eight channels.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from omnisieve.artifact import check_place
 from omnisieve.backbones.loading import hidden_size_of
 from omnisieve.backbones.media import check_media
 from omnisieve.config import TrainConfig
 from omnisieve.data.manifest import Manifest
 from omnisieve.training.build import make_compressor
-from omnisieve.training.checkpoint import find_checkpoint
+from omnisieve.training.checkpoint import BEST, LAST, find_checkpoint
 from omnisieve.training.deepspeed_settings import check_deepspeed
 from omnisieve.training.errors import writing
 from omnisieve.training.streams import check_manifests
@@ -28,6 +29,7 @@ def check_run(config: TrainConfig) -> list[str]:
             fit.
         CheckpointError: the checkpoint to resume from is not there, or the run's folder holds another run.
         OutputError: the run's folder cannot be written.
+        ArtifactError: something else lies where the run exports to.
     """
     for path in (config.data.train, config.data.val):
         if path is not None and not Path(path).is_file():
@@ -38,6 +40,8 @@ def check_run(config: TrainConfig) -> list[str]:
     find_checkpoint(Path(config.output_dir), config.train.resume)
     found = check_manifests(config.data, config.train)
     check_writable(Path(config.output_dir))
+    for name in (LAST, BEST):
+        check_place(Path(config.output_dir) / name)
     return found
 
 
