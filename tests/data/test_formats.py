@@ -54,6 +54,19 @@ def test_sharegpt_turns_and_placeholders() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"path": "v.mp4", "conversations": turns("What?", "That.")},
+        {"video": "v.mp4", "messages": [{"role": "user", "content": "What?"}]},
+    ],
+)
+def test_a_file_that_would_not_be_read_is_named(row: dict[str, Any]) -> None:
+    found = Converter(Path("/d/m.jsonl"), Path("/d"), allow_missing=True).convert(Entry("line 7", row))
+    assert isinstance(found, Skipped)
+    assert found.reason.startswith(f"the file in {next(iter(row))!r} would not be read")
+
+
 @pytest.mark.parametrize("value", ["<image>\nWhat?", "<video>\nWhat?", "What?", "What?\n<video>"])
 def test_llava_video_writes_its_placeholder_in_several_ways(value: str) -> None:
     found = conversation({"id": 3, "conversations": turns(value, "That."), "video": "v.mp4", "data_source": "y"})
