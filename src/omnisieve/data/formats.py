@@ -131,8 +131,8 @@ class Converter:
             unread = next((name for name in _PATH_COLUMNS if row.get(name)), None)
             if unread is not None and not conversation.media:
                 raise FormatError(
-                    f"the file in {unread!r} would not be read: name it in the messages (a part, or a tag beside a list "
-                    "videos, audios or images); in other forms, use the key video, audio or image"
+                    f"the file in {unread!r} would not be read: name it in the messages (a part, or a tag beside "
+                    "a list videos, audios or images); in other forms, use the key video, audio or image"
                 )
         except ManifestError as error:
             return Skipped(entry.where, identity, str(error).removeprefix(f"{self._out}, line 0, "))
