@@ -30,6 +30,7 @@ def check(output: str, run: Path) -> None:
     assert not run.exists() or not any(run.iterdir())
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_run_will_need(clips: Path, tmp_path: Path):
     status, output = train(*arguments(clips, tmp_path / "run"), "--dry-run")
     assert status == 0, output

@@ -15,6 +15,7 @@ from omnisieve.training.distributed import Ranks
 from tests.distributed.launch import run_distributed
 from tests.training.runs import compressor_of, make_config, make_trainer
 
+pytestmark = pytest.mark.slow  # what a warm start teaches is tested without ranks in tests/training
 WARM, STEPS = 3, 5
 
 
